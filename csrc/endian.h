@@ -1,0 +1,32 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later
+ * Private: the only place that swaps bytes. */
+#ifndef MIG_ENDIAN_H
+#define MIG_ENDIAN_H
+
+#include <stdint.h>
+#include <string.h>
+
+static inline uint64_t mig_swap64(uint64_t x)
+{
+#if __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
+    return __builtin_bswap64(x);
+#else
+    return x;
+#endif
+}
+
+static inline uint64_t mig_load_be64(const uint8_t *p)
+{
+    uint64_t x;
+
+    memcpy(&x, p, sizeof(x));
+    return mig_swap64(x);
+}
+
+static inline void mig_store_be64(uint8_t *p, uint64_t x)
+{
+    x = mig_swap64(x);
+    memcpy(p, &x, sizeof(x));
+}
+
+#endif

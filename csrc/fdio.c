@@ -1,0 +1,97 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later
+ * Reading and writing descriptors to the end, with a cancel descriptor and an idle limit. Sockets
+ * are driven with MSG_DONTWAIT; any other descriptor that can block is O_NONBLOCK already. */
+#include <errno.h>
+#include <poll.h>
+#include <sys/socket.h>
+#include <sys/types.h>
+#include <unistd.h>
+
+#include "mig.h"
+
+enum { MAX_WRITEV = 1024 }; /* IOV_MAX of Linux */
+
+static int wait_for(const struct mig_fd *f, short events)
+{
+    struct pollfd fds[2] = {{.fd = f->fd, .events = events}, {.fd = f->cancel_fd, .events = POLLIN}};
+    int rc;
+
+    do {
+        rc = poll(fds, 2, f->timeout_ms);
+    } while (rc < 0 && errno == EINTR);
+    if (rc < 0) {
+        return -errno;
+    }
+    if (rc == 0) {
+        return MIG_E_TIMEOUT;
+    }
+    return fds[1].revents ? MIG_E_CANCELLED : 0;
+}
+
+static bool must_wait(int error) { return error == EAGAIN || error == EWOULDBLOCK; }
+
+int64_t mig_fd_read(const struct mig_fd *f, uint8_t *buf, size_t min, size_t max)
+{
+    size_t got = 0;
+
+    while (got < max) {
+        ssize_t n = f->is_socket ? recv(f->fd, buf + got, max - got, MSG_DONTWAIT)
+                                 : read(f->fd, buf + got, max - got);
+
+        if (n > 0) {
+            got += (size_t)n;
+        } else if (n == 0) {
+            break;
+        } else if (must_wait(errno)) {
+            int rc;
+
+            if (got >= min) {
+                break;
+            }
+            rc = wait_for(f, POLLIN);
+            if (rc < 0) {
+                return rc;
+            }
+        } else if (errno != EINTR) {
+            return -errno;
+        }
+    }
+    return (int64_t)got;
+}
+
+static ssize_t write_some(const struct mig_fd *f, struct iovec *iov, size_t niov)
+{
+    struct msghdr msg = {.msg_iov = iov, .msg_iovlen = niov};
+
+    return f->is_socket ? sendmsg(f->fd, &msg, MSG_DONTWAIT | MSG_NOSIGNAL)
+                        : writev(f->fd, iov, (int)niov);
+}
+
+int64_t mig_fd_writev(const struct mig_fd *f, struct iovec *iov, size_t niov)
+{
+    int64_t total = 0;
+
+    while (niov) {
+        ssize_t n = write_some(f, iov, niov < MAX_WRITEV ? niov : MAX_WRITEV);
+
+        if (n < 0) {
+            int rc = must_wait(errno) ? wait_for(f, POLLOUT) : errno == EINTR ? 0 : -errno;
+
+            if (rc < 0) {
+                return rc;
+            }
+            continue;
+        }
+        total += n;
+        while (niov && (size_t)n >= iov->iov_len) {
+            n -= (ssize_t)iov->iov_len;
+            iov++;
+            niov--;
+        }
+        if (niov) {
+            iov->iov_base = (uint8_t *)iov->iov_base + n;
+            iov->iov_len -= (size_t)n;
+        }
+    }
+    return total;
+}

@@ -1,0 +1,216 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later
+ *
+ * The C half of mig: loops over pages, records and file descriptors. Nothing here knows Python,
+ * keeps global state or allocates in a loop.
+ *
+ * Every function returns a value >= 0, or -errno of a failed system call, or one of MIG_E_*.
+ * MIG_E_* lie below every -errno, so one signed number carries all three.
+ */
+#ifndef MIG_H
+#define MIG_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <sys/uio.h>
+
+enum mig_error {
+    MIG_E_CANCELLED = -5000,   /* the cancel descriptor became readable */
+    MIG_E_TIMEOUT = -5001,     /* no byte moved for the time allowed */
+    MIG_E_NOMEM = -5002,
+    MIG_E_KERNEL_UNKNOWN = -5010,   /* no kernel of that name exists */
+    MIG_E_KERNEL_NOT_BUILT = -5011, /* it exists for another architecture or compiler */
+    MIG_E_KERNEL_NO_CPU = -5012,    /* it is here, but this CPU cannot run it */
+    MIG_E_RAM_NO_BLOCK = -5020,     /* CONTINUE before any block was named */
+    MIG_E_RAM_UNKNOWN_BLOCK = -5021,
+    MIG_E_RAM_BAD_OFFSET = -5022,   /* a page that is not inside its block */
+};
+
+/* ---- kernels (cpu.c): one table per instruction set, chosen by name ------------------------- */
+
+struct mig_kernels {
+    const char *name;
+    /* true when all nbytes bytes are 0; any alignment, any length (0 bytes are zero) */
+    bool (*is_zero)(const uint8_t *bytes, size_t nbytes);
+    /* number of set bits */
+    uint64_t (*popcount)(const uint64_t *words, size_t nwords);
+    /* dst |= src; returns how many bits of dst were newly set */
+    uint64_t (*merge)(uint64_t *dst, const uint64_t *src, size_t nwords);
+};
+
+extern const struct mig_kernels mig_kernels_scalar;
+
+/* Sets *found to the named kernels, or to the fastest this CPU runs when name is NULL. */
+int mig_kernels_select(const char *name, const struct mig_kernels **found);
+/* The name of the i-th known kernel family, or NULL past the last. */
+const char *mig_kernels_name(size_t i);
+
+/* ---- bitmaps (bitmap.c): bit i is bit i % 64 of word i / 64 --------------------------------- */
+
+static inline size_t mig_bitmap_nwords(uint64_t nbits) { return (size_t)((nbits + 63) / 64); }
+
+static inline bool mig_bitmap_test(const uint64_t *words, uint64_t bit)
+{
+    return words[bit / 64] >> (bit % 64) & 1;
+}
+
+static inline void mig_bitmap_put(uint64_t *words, uint64_t bit)
+{
+    words[bit / 64] |= UINT64_C(1) << (bit % 64);
+}
+
+void mig_bitmap_set(uint64_t *words, uint64_t first, uint64_t nbits);
+void mig_bitmap_clear(uint64_t *words, uint64_t first, uint64_t nbits);
+uint64_t mig_bitmap_count(const struct mig_kernels *k, const uint64_t *words, uint64_t first,
+                          uint64_t nbits);
+/* First set (clear) bit at or after `from`; nbits when there is none. */
+uint64_t mig_bitmap_next_set(const uint64_t *words, uint64_t nbits, uint64_t from);
+uint64_t mig_bitmap_next_clear(const uint64_t *words, uint64_t nbits, uint64_t from);
+/* Moves the indexes of up to `max` set bits at or after `from` into out[], clearing them. */
+size_t mig_bitmap_take(uint64_t *words, uint64_t nbits, uint64_t from, uint64_t *out, size_t max);
+/* Sets one bit so that concurrent setters and takers lose none; true when it was clear. */
+bool mig_bitmap_set_atomic(uint64_t *words, uint64_t bit);
+/* Moves src into dst word by word with an atomic exchange, clearing src; returns newly set bits. */
+uint64_t mig_bitmap_drain(uint64_t *dst, uint64_t *src, size_t nwords);
+
+/* ---- pages: where the pages of one RAM block are ------------------------------------------- */
+
+/* Places of pages without storage. NONE is 0, so that a table of places costs no memory where
+ * nothing was put into it. */
+enum { MIG_PAGE_NONE = 0, MIG_PAGE_ZERO = -1 };
+
+struct mig_pages {
+    uint8_t *base;
+    /* byte offset of each page from base (a whole file, so never 0), MIG_PAGE_ZERO or
+     * MIG_PAGE_NONE; NULL: page i is at base + i * page_size */
+    const int64_t *where;
+    uint64_t npages;
+    size_t page_size;
+};
+
+/* The page's bytes, NULL when it is a page without storage (it reads as zeros). */
+static inline const uint8_t *mig_page(const struct mig_pages *pages, uint64_t index)
+{
+    if (!pages->where) {
+        return pages->base + index * pages->page_size;
+    }
+    return pages->where[index] <= 0 ? NULL : pages->base + pages->where[index];
+}
+
+/* Sets bit i of zero[] when page index[i] is zero, clears it otherwise; returns how many are.
+ * Every index must be below npages. */
+size_t mig_zero_pages(const struct mig_kernels *k, const struct mig_pages *pages,
+                      const uint64_t *index, size_t n, uint64_t *zero);
+
+/* ---- outgoing bytes: headers in an arena, pages by reference, in wire order ----------------- */
+
+struct mig_out {
+    struct iovec *iov;
+    size_t niov, max_iov;
+    uint8_t *arena; /* never moves while iov points into it */
+    size_t used, arena_size;
+    uint64_t nbytes; /* sum of the iovecs */
+};
+
+/* Appends bytes by copy; false when there is no room for all of them. */
+bool mig_out_copy(struct mig_out *out, const void *bytes, size_t nbytes);
+
+/* ---- RAM records (ramio.c) ----------------------------------------------------------------- */
+
+/* Flags of a record word; compared with mig/wire.py by a test. */
+enum mig_ram_flag {
+    MIG_RAM_ZERO = 0x02,
+    MIG_RAM_MEM_SIZE = 0x04,
+    MIG_RAM_PAGE = 0x08,
+    MIG_RAM_EOS = 0x10,
+    MIG_RAM_CONTINUE = 0x20,
+};
+
+enum { MIG_RAM_WORD = 8, MIG_RAM_MAX_NAME = 255 };
+
+/* Appends the records of pages index[first..n) of one block to `out`: ZERO where bit i of zero[]
+ * is set (or the page has no storage), PAGE otherwise. `name` is given when the first record must
+ * name its block, NULL when the stream is already in it. Returns the first i that did not fit. */
+size_t mig_ram_encode(struct mig_out *out, const struct mig_pages *pages, const char *name,
+                      size_t name_len, const uint64_t *index, size_t first, size_t n,
+                      const uint64_t *zero);
+
+struct mig_ram_block {
+    const char *name;
+    size_t name_len;
+    uint64_t npages;
+};
+
+/* Why mig_ram_parse() stopped. */
+enum mig_ram_stop {
+    MIG_RAM_STOP_MORE,   /* the next record is incomplete: `need` bytes of it are wanted */
+    MIG_RAM_STOP_FULL,   /* the page arrays are full */
+    MIG_RAM_STOP_SWITCH, /* the next record changes to another block */
+    MIG_RAM_STOP_EOS,    /* end of the section's payload, consumed */
+    MIG_RAM_STOP_OTHER,  /* `word` is a record this parser leaves to its caller, not consumed */
+};
+
+/* A parser keeps the current block from call to call, as the stream does over sections. */
+struct mig_ram_parser {
+    const struct mig_ram_block *blocks;
+    size_t nblocks;
+    size_t page_size;
+    int64_t current; /* index into blocks, -1 before the first */
+    uint64_t *page;  /* page index of each record */
+    int64_t *src;    /* offset of its bytes in the buffer, or -1 - fill byte */
+    size_t capacity;
+    size_t npages, nfill, consumed, need; /* results of the last call; nfill: without PAGE */
+    uint64_t word;
+};
+
+/* Parses one burst of PAGE and ZERO records, all of one block (`current`). */
+int mig_ram_parse(struct mig_ram_parser *p, const uint8_t *buf, size_t len);
+
+/* Puts n parsed pages where they belong. A page all of zeros is not written when its bit in
+ * `received` is clear and `fresh` says that such memory reads as zeros. Sets the bits. */
+void mig_ram_place(const struct mig_pages *pages, uint64_t *received, bool fresh,
+                     const uint8_t *buf, const uint64_t *index, const int64_t *src, size_t n);
+
+/* Notes where each parsed page's bytes are in a file: start + src, or MIG_PAGE_ZERO.
+ * Returns the number of records with a fill byte other than 0, which have no place in a file. */
+size_t mig_ram_index(int64_t *where, int64_t start, const uint64_t *index, const int64_t *src,
+                     size_t n);
+
+/* ---- page log (pagelog.c): a stream file whose pages are rewritten in place ------------------ */
+
+/* The records of a stream file as they are laid down: a page gets a record at `tail` when it
+ * first has contents and keeps that place, so the file never holds a page twice. */
+struct mig_pagelog {
+    int fd;
+    int64_t tail;    /* file offset of the next new record */
+    int64_t current; /* the block that the record at tail is in, -1 none */
+    size_t page_size;
+    const uint8_t *zeros; /* page_size zero bytes */
+};
+
+/* Lays down n parsed pages of the block `number`, updating where[]. 0 or -errno. */
+int mig_pagelog_put(struct mig_pagelog *log, int64_t number, const struct mig_ram_block *block,
+                    int64_t *where, const uint8_t *buf, const uint64_t *index,
+                    const int64_t *src, size_t n);
+/* Appends a ZERO record for every page of the block that was sent and has no contents. */
+int mig_pagelog_zeros(struct mig_pagelog *log, int64_t number, const struct mig_ram_block *block,
+                      const int64_t *where);
+/* pwrite until done; 0 or -errno. */
+int mig_pwrite_all(int fd, const void *bytes, size_t nbytes, int64_t offset);
+
+/* ---- descriptors (fdio.c) ------------------------------------------------------------------- */
+
+struct mig_fd {
+    int fd;
+    int cancel_fd; /* readable: give up with MIG_E_CANCELLED; -1: none */
+    bool is_socket;
+    int timeout_ms; /* longest wait for one byte to move, -1 for ever */
+};
+
+/* Reads at least `min` and at most `max` bytes, taking more than min only while no wait is
+ * needed. Fewer than min means end of file. */
+int64_t mig_fd_read(const struct mig_fd *f, uint8_t *buf, size_t min, size_t max);
+/* Writes all; the iovecs are consumed (changed) while it goes. Returns the number of bytes. */
+int64_t mig_fd_writev(const struct mig_fd *f, struct iovec *iov, size_t niov);
+
+#endif

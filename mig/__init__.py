@@ -1,0 +1,67 @@
+"""mig: QEMU's live-migration engine as a library.
+
+The other end of a stock QEMU::
+
+    incoming = mig.IncomingMigration(mig.StreamCapture("vm.mig"))
+    incoming.listen("tcp:127.0.0.1:4444"); incoming.wait()
+
+    with mig.open_image("vm.mig") as image:
+        outgoing = mig.OutgoingMigration(image, capabilities={"return-path"})
+        outgoing.start("tcp:127.0.0.1:4445"); outgoing.wait()
+
+A guest of your own is a `MemoryGuest`, or any object that satisfies `SourceGuest` and
+`DestinationGuest`.
+"""
+
+from importlib.metadata import PackageNotFoundError as _PackageNotFoundError
+from importlib.metadata import version as _version
+
+try:
+    from mig._core import Bitmap
+except ModuleNotFoundError as _error:
+    if _error.name != "mig._core":
+        raise
+    raise ImportError(
+        "mig's compiled core is missing: this is the source tree, not an installed package. "
+        "Install it with `pip install .` and run Python from another directory, or build it in "
+        "place with `pip install -e .`"
+    ) from None
+
+from mig import errors
+from mig.dirty import DirtyLog, SharedDirtyLog
+from mig.engine import IncomingMigration, OutgoingMigration
+from mig.errors import MigError
+from mig.guest import DestinationGuest, MemoryGuest, SourceGuest
+from mig.image import StreamCapture, StreamImage, open_image
+from mig.memory import GuestMemory, RamBlock
+from mig.options import Capability, Parameters
+from mig.savevm.registry import DeviceRegistry
+from mig.state import Status
+
+try:
+    __version__ = _version("mig-engine")
+except _PackageNotFoundError:
+    __version__ = "0+unknown"
+
+__all__ = [
+    "Bitmap",
+    "Capability",
+    "DestinationGuest",
+    "DeviceRegistry",
+    "DirtyLog",
+    "GuestMemory",
+    "IncomingMigration",
+    "MemoryGuest",
+    "MigError",
+    "OutgoingMigration",
+    "Parameters",
+    "RamBlock",
+    "SharedDirtyLog",
+    "SourceGuest",
+    "Status",
+    "StreamCapture",
+    "StreamImage",
+    "__version__",
+    "errors",
+    "open_image",
+]

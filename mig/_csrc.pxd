@@ -1,0 +1,131 @@
+# cython: language_level=3
+from libc.stdint cimport int64_t, uint8_t, uint64_t
+
+
+cdef extern from "<sys/uio.h>" nogil:
+    struct iovec:
+        void *iov_base
+        size_t iov_len
+
+
+cdef extern from "mig.h" nogil:
+    enum:
+        MIG_E_CANCELLED
+        MIG_E_TIMEOUT
+        MIG_E_NOMEM
+        MIG_E_KERNEL_UNKNOWN
+        MIG_E_KERNEL_NOT_BUILT
+        MIG_E_KERNEL_NO_CPU
+        MIG_E_RAM_NO_BLOCK
+        MIG_E_RAM_UNKNOWN_BLOCK
+        MIG_E_RAM_BAD_OFFSET
+
+    struct mig_kernels:
+        const char *name
+        bint (*is_zero)(const uint8_t *, size_t)
+        uint64_t (*popcount)(const uint64_t *, size_t)
+        uint64_t (*merge)(uint64_t *, const uint64_t *, size_t)
+
+    int mig_kernels_select(const char *name, const mig_kernels **found)
+    const char *mig_kernels_name(size_t i)
+
+    size_t mig_bitmap_nwords(uint64_t nbits)
+    bint mig_bitmap_test(const uint64_t *words, uint64_t bit)
+    void mig_bitmap_set(uint64_t *words, uint64_t first, uint64_t nbits)
+    void mig_bitmap_clear(uint64_t *words, uint64_t first, uint64_t nbits)
+    uint64_t mig_bitmap_count(const mig_kernels *k, const uint64_t *words, uint64_t first,
+                              uint64_t nbits)
+    uint64_t mig_bitmap_next_set(const uint64_t *words, uint64_t nbits, uint64_t start)
+    uint64_t mig_bitmap_next_clear(const uint64_t *words, uint64_t nbits, uint64_t start)
+    size_t mig_bitmap_take(uint64_t *words, uint64_t nbits, uint64_t start, uint64_t *out,
+                           size_t max)
+    bint mig_bitmap_set_atomic(uint64_t *words, uint64_t bit)
+    uint64_t mig_bitmap_drain(uint64_t *dst, uint64_t *src, size_t nwords)
+
+    enum:
+        MIG_PAGE_NONE
+        MIG_PAGE_ZERO
+
+    struct mig_pages:
+        uint8_t *base
+        const int64_t *where
+        uint64_t npages
+        size_t page_size
+
+    size_t mig_zero_pages(const mig_kernels *k, const mig_pages *pages, const uint64_t *index,
+                          size_t n, uint64_t *zero)
+
+    struct mig_out:
+        iovec *iov
+        size_t niov
+        size_t max_iov
+        uint8_t *arena
+        size_t used
+        size_t arena_size
+        uint64_t nbytes
+
+    bint mig_out_copy(mig_out *out, const void *data, size_t nbytes)
+
+    enum:
+        MIG_RAM_ZERO
+        MIG_RAM_MEM_SIZE
+        MIG_RAM_PAGE
+        MIG_RAM_EOS
+        MIG_RAM_CONTINUE
+        MIG_RAM_MAX_NAME
+        MIG_RAM_STOP_MORE
+        MIG_RAM_STOP_FULL
+        MIG_RAM_STOP_SWITCH
+        MIG_RAM_STOP_EOS
+        MIG_RAM_STOP_OTHER
+
+    size_t mig_ram_encode(mig_out *out, const mig_pages *pages, const char *name,
+                          size_t name_len, const uint64_t *index, size_t first, size_t n,
+                          const uint64_t *zero)
+
+    struct mig_ram_block:
+        const char *name
+        size_t name_len
+        uint64_t npages
+
+    struct mig_ram_parser:
+        const mig_ram_block *blocks
+        size_t nblocks
+        size_t page_size
+        int64_t current
+        uint64_t *page
+        int64_t *src
+        size_t capacity
+        size_t npages
+        size_t nfill
+        size_t consumed
+        size_t need
+        uint64_t word
+
+    int mig_ram_parse(mig_ram_parser *p, const uint8_t *buf, size_t n)
+    void mig_ram_place(const mig_pages *pages, uint64_t *received, bint fresh,
+                       const uint8_t *buf, const uint64_t *index, const int64_t *src, size_t n)
+    size_t mig_ram_index(int64_t *where, int64_t start, const uint64_t *index,
+                         const int64_t *src, size_t n)
+
+    struct mig_pagelog:
+        int fd
+        int64_t tail
+        int64_t current
+        size_t page_size
+        const uint8_t *zeros
+
+    int mig_pagelog_put(mig_pagelog *log, int64_t number, const mig_ram_block *block,
+                        int64_t *where, const uint8_t *buf, const uint64_t *index,
+                        const int64_t *src, size_t n)
+    int mig_pagelog_zeros(mig_pagelog *log, int64_t number, const mig_ram_block *block,
+                          const int64_t *where)
+
+    struct mig_fd:
+        int fd
+        int cancel_fd
+        bint is_socket
+        int timeout_ms
+
+    int64_t mig_fd_read(const mig_fd *f, uint8_t *buf, size_t min, size_t max)
+    int64_t mig_fd_writev(const mig_fd *f, iovec *iov, size_t niov)

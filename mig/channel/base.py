@@ -1,0 +1,145 @@
+"""The Channel: one connection, file or command, read and written through descriptors."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import socket
+import stat
+import subprocess
+from typing import Self
+
+from mig._core import Descriptor, OutQueue
+from mig.errors import CancelledError, ChannelError
+
+
+#: how long a peer that is to be told of a failure may keep us waiting (seconds)
+LAST_WORDS = 1.0
+
+
+def _is_socket(fd: int) -> bool:
+    return stat.S_ISSOCK(os.fstat(fd).st_mode)
+
+
+class Channel:
+    """Bytes in and out. Satisfies `mig.stream.reader.Source` and `mig.stream.writer.Sink`.
+
+    fd:            owned by the channel from now on
+    bidirectional: whether the same connection can carry a return path
+    process:       the command at the other end of a pipe
+
+    One thread may read while another writes; `cancel` may be called by any thread and ends every
+    wait with CancelledError.
+    """
+
+    def __init__(
+        self,
+        fd: int,
+        name: str,
+        *,
+        timeout: float | None = None,
+        process: subprocess.Popen[bytes] | None = None,
+    ) -> None:
+        self.name = name
+        self.bidirectional = _is_socket(fd)
+        self._fd = fd
+        self._process = process
+        self._cancelled = False
+        self._was_blocking = False
+        if not self.bidirectional:
+            # Waiting is done in poll(), together with the cancel descriptor. Sockets need no
+            # flag for that, and the flag of an inherited one would be seen by its other owners.
+            self._was_blocking = os.get_blocking(fd)
+            os.set_blocking(fd, False)
+        self._cancel_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._in = self._descriptor(timeout)
+        self._out = self._descriptor(timeout)
+
+    def _descriptor(self, timeout: float | None) -> Descriptor:
+        return Descriptor(
+            self._fd, cancel_fd=self._cancel_fd, is_socket=self.bidirectional, timeout=timeout
+        )
+
+    @property
+    def timeout(self) -> float | None:
+        """Seconds that reading may wait for a byte, None for ever."""
+        return self._in.timeout
+
+    @timeout.setter
+    def timeout(self, seconds: float | None) -> None:
+        self._in.timeout = seconds
+
+    def readinto(self, data: bytearray, start: int, at_least: int) -> int:
+        """Fill ``data[start:]`` with ``at_least`` bytes or more; fewer mean end of stream."""
+        self._check_cancelled()
+        return self._in.readinto(data, start, at_least)
+
+    def send(self, out: OutQueue) -> int:
+        """Write and empty the queue; returns the number of bytes."""
+        self._check_cancelled()
+        return self._out.send(out)
+
+    def _check_cancelled(self) -> None:
+        # a peer that never lets us wait would never let us see the cancel descriptor
+        if self._cancelled:
+            raise CancelledError("cancelled")
+
+    def cancel(self) -> None:
+        """End every present and future wait. Any thread, any number of times."""
+        self._cancelled = True
+        if self._cancel_fd >= 0:
+            with contextlib.suppress(BlockingIOError):
+                os.eventfd_write(self._cancel_fd, 1)
+
+    def restore(self) -> None:
+        """Undo cancel(), for last words: what is written now must not wait long."""
+        with contextlib.suppress(BlockingIOError):
+            os.eventfd_read(self._cancel_fd)
+        self._cancelled = False
+        self._out.timeout = LAST_WORDS
+
+    def finish(self) -> None:
+        """Nothing more will be written: tell the reader, and wait for a command to end.
+
+        ChannelError when the command failed.
+        """
+        if self.bidirectional:
+            with contextlib.suppress(OSError), socket.socket(fileno=os.dup(self._fd)) as sock:
+                sock.shutdown(socket.SHUT_WR)
+        elif self._process is not None:
+            self._close_fd()
+            code = self._process.wait()
+            if code:
+                raise ChannelError(f"command ended with status {code}: {self.name}")
+
+    def _close_fd(self) -> None:
+        if self._fd >= 0:
+            if self._was_blocking:
+                with contextlib.suppress(OSError):
+                    os.set_blocking(self._fd, True)
+            os.close(self._fd)
+            self._fd = -1
+
+    def close(self) -> None:
+        """Release everything; a command that is still running is killed."""
+        self._close_fd()
+        if self._process is not None:
+            if self._process.poll() is None:
+                self._process.kill()
+            self._process.wait()
+        if self._cancel_fd >= 0:
+            os.close(self._cancel_fd)
+            self._cancel_fd = -1
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def grow_pipe(fd: int, nbytes: int = 1 << 20) -> None:
+    """Let a pipe hold more, so that writer and reader wait for each other less often."""
+    with contextlib.suppress(OSError, AttributeError):
+        fcntl.fcntl(fd, fcntl.F_SETPIPE_SZ, nbytes)

@@ -1,0 +1,54 @@
+"""The DirtyLog protocol, and a log that the guest's own writers fill."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Protocol
+
+from mig import _core
+
+
+class DirtyLog(Protocol):
+    """What a migration needs to know about writes to guest memory."""
+
+    def start(self) -> None:
+        """Begin to log; from now on every write to a page sets its bit."""
+
+    def sync(self, idstr: str, dirty: _core.Bitmap) -> int:
+        """Move the bits of block ``idstr`` into ``dirty``; returns how many were not set there."""
+
+    def stop(self) -> None:
+        """End logging."""
+
+
+class SharedDirtyLog:
+    """A log of bitmaps, one bit per target page, that writers set themselves.
+
+    npages: number of pages of each block, by idstr
+
+    A writer calls `mark` *after* it has written: then a page that is sent in between is sent
+    again.
+    """
+
+    def __init__(self, npages: Mapping[str, int]) -> None:
+        self._bitmaps = {idstr: _core.Bitmap(n) for idstr, n in npages.items()}
+        self._logging = False
+
+    def mark(self, idstr: str, page_index: int) -> None:
+        """Note that the page was written. May be called by any thread."""
+        if self._logging:
+            self._bitmaps[idstr].set_atomic(page_index)
+
+    def start(self) -> None:
+        """Begin to log, with nothing dirty."""
+        for bitmap in self._bitmaps.values():
+            bitmap.clear(0, len(bitmap))
+        self._logging = True
+
+    def sync(self, idstr: str, dirty: _core.Bitmap) -> int:
+        """Move the bits of block ``idstr`` into ``dirty``; returns how many were not set there."""
+        return dirty.drain(self._bitmaps[idstr])
+
+    def stop(self) -> None:
+        """End logging."""
+        self._logging = False

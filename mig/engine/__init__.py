@@ -1,0 +1,6 @@
+"""The engine: migrations as objects. The only place that owns threads."""
+
+from mig.engine.incoming import IncomingMigration
+from mig.engine.outgoing import OutgoingMigration
+
+__all__ = ["IncomingMigration", "OutgoingMigration"]

@@ -1,0 +1,202 @@
+"""IncomingMigration: the destination."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterable, Mapping
+from typing import ClassVar
+
+from mig.channel import Channel, Listener
+from mig.engine.migration import Migration
+from mig.errors import CancelledError, MigError, UnsupportedError
+from mig.events import Event, Listening
+from mig.guest import DestinationGuest
+from mig.options import INCOMING_CAPABILITIES, Capability, Parameters, capability_set
+from mig.records import Command, ReturnMessage
+from mig.savevm.load import StreamLoader
+from mig.state import INCOMING, Input, Status, Table
+from mig.stats import RamStats
+from mig.stream.reader import StreamReader
+from mig.stream.writer import StreamWriter
+from mig.wire import DEFAULT_PAGE_BITS, MULTIFD_MAGIC, CommandType, ReturnType
+
+#: how long a connection beside the main one may take to say what it is (seconds)
+_EXTRA_PATIENCE = 5.0
+
+
+class IncomingMigration(Migration):
+    """Receives a guest; matches the destination side of QEMU's precopy.
+
+    capabilities: names that are on, or a mapping of names to on/off; ``return-path`` needs none:
+                  it is the source that opens it
+    parameters:   values by QMP name
+    page_size:    target page size in bytes where the stream does not name it
+    on_event:     told of every event, by the migration's thread
+
+    A failure before everything is loaded makes the source fail: its guest goes on running. With a
+    return path the source is told so in words; without one it sees the connection break.
+    """
+
+    table: ClassVar[Table] = INCOMING
+    thread_name = "mig-incoming"
+
+    def __init__(
+        self,
+        guest: DestinationGuest,
+        *,
+        capabilities: Iterable[str] | Mapping[str, bool] = (),
+        parameters: Mapping[str, object] | None = None,
+        page_size: int = 1 << DEFAULT_PAGE_BITS,
+        on_event: Callable[[Event], None] | None = None,
+    ) -> None:
+        super().__init__(Parameters.from_qmp(parameters or {}), on_event)
+        wanted = capabilities if isinstance(capabilities, Mapping) else tuple(capabilities)
+        self.capabilities = capability_set(wanted, INCOMING_CAPABILITIES)
+        self._guest = guest
+        self._page_size = page_size
+        self._listener: Listener | None = None
+        self._channel: Channel | None = None
+        self._reader: StreamReader | None = None
+        self._return: StreamWriter | None = None
+        self._watcher: threading.Thread | None = None
+        #: the address to connect to, once listen() has returned
+        self.uri: str | None = None
+
+    def listen(self, uri: str) -> None:
+        """Begin to listen on ``uri``; UriError or ChannelError when that fails.
+
+        Returns at once; `uri` then tells the address, with the port that was chosen for port 0.
+        """
+        self._require_status(Status.NONE, Input.START)
+        self._listener = Listener(uri)
+        self.uri = self._listener.uri
+        self._launch()
+
+    # ---- phases -----------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        channel = self._accept()
+        reader = self._reader = StreamReader(channel)
+        self._watch_for_more_connections()
+        self._load(reader)
+        self._guest.commit()
+        self._confirm()
+
+    def _accept(self) -> Channel:
+        assert self._listener is not None
+        self._emit(Listening(self._listener.uri))
+        channel = self._listener.accept(self._cancel, self.parameters.timeout)
+        with self._lock:
+            self._channel = channel
+        self._move(Input.CONNECTED)
+        self._mark("connected")
+        return channel
+
+    def _load(self, reader: StreamReader) -> None:
+        if reader.fill(4) and int.from_bytes(bytes(reader.buffer[:4]), "big") == MULTIFD_MAGIC:
+            raise UnsupportedError(
+                "the source opened multifd channels", capability="multifd", offset=0
+            )
+        loader = StreamLoader(
+            reader,
+            self._guest,
+            on_command=self._on_command,
+            counters=self._counters,
+            page_size=self._page_size,
+        )
+        loader.run()
+        # whatever fails after this point comes too late for a source without a return path
+        self._require_no_error()
+
+    def _on_command(self, command: Command) -> None:
+        if command.type == CommandType.OPEN_RETURN_PATH:
+            self._open_return_path()
+        elif command.type == CommandType.PING:
+            self._say(ReturnMessage.pong(command.value))
+
+    def _open_return_path(self) -> None:
+        assert self._channel is not None
+        # a stream that was recorded on its way still has the command, but nobody listens
+        if self._channel.bidirectional and self._return is None:
+            self._return = StreamWriter(self._channel)
+            if Capability.SWITCHOVER_ACK in self.capabilities:
+                self._say(ReturnMessage(ReturnType.SWITCHOVER_ACK))
+
+    def _say(self, message: ReturnMessage) -> None:
+        if self._return is not None:
+            self._return.put(message.encode())
+            self._return.flush()
+
+    def _confirm(self) -> None:
+        self._say(ReturnMessage.shut(0))
+
+    # ---- other connections ------------------------------------------------------------------
+
+    def _watch_for_more_connections(self) -> None:
+        assert self._listener is not None
+        if self._listener.accepts_more:
+            self._watcher = threading.Thread(
+                target=self._watch, args=(self._listener,), name="mig-accept", daemon=True
+            )
+            self._watcher.start()
+
+    def _watch(self, listener: Listener) -> None:
+        """A source with multifd would wait for ever for channels that nobody reads: refuse it."""
+        with contextlib.suppress(CancelledError):
+            while True:
+                with listener.accept(self._cancel, _EXTRA_PATIENCE) as extra:
+                    reader = StreamReader(extra, buffer_size=64)
+                    with contextlib.suppress(MigError):
+                        if reader.u32("a channel's magic") == MULTIFD_MAGIC:
+                            error = UnsupportedError(
+                                "the source opened multifd channels", capability="multifd"
+                            )
+                            self._fail(error)
+                            self._interrupt()
+                            return
+
+    # ---- ends -------------------------------------------------------------------------------
+
+    def _require_no_error(self) -> None:
+        if self._error is not None:
+            raise self._error
+
+    def _cleanup(self, *, failed: bool) -> None:
+        self._cancel.set()
+        if failed:
+            with contextlib.suppress(MigError):
+                self._say_failure()
+            self._guest.abort()
+        if self._watcher is not None:
+            self._watcher.join()
+        with self._lock:
+            channel, self._channel = self._channel, None
+        if channel is not None:
+            channel.close()
+        if self._listener is not None:
+            self._listener.close()
+
+    def _say_failure(self) -> None:
+        """Tell the source, on a return path that may be the one that was interrupted."""
+        if self._return is not None and self._channel is not None:
+            self._channel.restore()
+            self._say(ReturnMessage.shut(1))
+
+    def _interrupt(self) -> None:
+        with self._lock:
+            self._cancel.set()
+            if self._channel is not None:
+                self._channel.cancel()
+
+    def _ram_stats(self) -> RamStats:
+        counters = self._counters
+        return RamStats(
+            transferred=self._reader.offset if self._reader else 0,
+            remaining=None,
+            total=counters.total,
+            duplicate=counters.fill,
+            normal=counters.normal,
+            page_size=self._page_size,
+            dirty_sync_count=None,
+        )

@@ -1,0 +1,166 @@
+"""What outgoing and incoming migrations have in common: state, thread, errors, waiting."""
+
+from __future__ import annotations
+
+import threading
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import ClassVar
+
+from mig.channel.open import Cancel
+from mig.errors import CancelledError, MigError, StateError
+from mig.events import Event, StatusChanged
+from mig.options import Parameters
+from mig.state import FINAL, Input, Machine, Status, Table
+from mig.stats import MigrationInfo, RamCounters, RamStats
+
+
+class Migration(ABC):
+    """One migration, run by a thread of its own.
+
+    on_event: told of every event, by the migration's thread; it must not wait for the migration
+
+    The first error wins; `wait` raises it.
+    """
+
+    table: ClassVar[Table]
+    thread_name: ClassVar[str]
+
+    def __init__(self, parameters: Parameters, on_event: Callable[[Event], None] | None) -> None:
+        self.parameters = parameters
+        self._on_event = on_event
+        self._machine = Machine(self.table)
+        self._lock = threading.Lock()
+        self._done = threading.Event()
+        self._cancel = Cancel()
+        self._thread: threading.Thread | None = None
+        self._error: MigError | None = None
+        self._counters = RamCounters()
+        self._clock: dict[str, float] = {}
+
+    # ---- for the owner; any thread ----------------------------------------------------------
+
+    @property
+    def status(self) -> Status:
+        """Where the migration stands."""
+        return self._machine.status
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Wait for the end; False when ``timeout`` seconds pass before.
+
+        Raises the error of a failed migration, CancelledError for a cancelled one.
+        """
+        if not self._done.wait(timeout):
+            return False
+        if self.status == Status.CANCELLED:
+            raise CancelledError("the migration was cancelled")
+        if self._error is not None:
+            raise self._error
+        return True
+
+    def cancel(self) -> None:
+        """Give up; returns at once, `wait` tells when it is done. No effect after the end."""
+        with self._lock:
+            if self.status in FINAL or self.status == Status.NONE:
+                return
+            status = self._machine.feed(Input.CANCEL)
+        self._emit(StatusChanged(status))
+        self._interrupt()
+
+    def query(self) -> MigrationInfo:
+        """Return a snapshot of status and statistics."""
+        clock = dict(self._clock)
+        start, end = clock.get("start"), clock.get("end")
+        now = time.monotonic() if end is None else end
+        connected, stopped = clock.get("connected"), clock.get("stopped")
+        return MigrationInfo(
+            status=self.status,
+            total_time=None if start is None else now - start,
+            setup_time=None if start is None or connected is None else connected - start,
+            downtime=None if end is None or stopped is None else end - stopped,
+            ram=self._ram_stats(),
+            error=None if self._error is None else str(self._error),
+        )
+
+    # ---- for the subclasses -----------------------------------------------------------------
+
+    def _launch(self) -> None:
+        with self._lock:
+            self._machine.feed(Input.START)
+        self._mark("start")
+        self._emit(StatusChanged(Status.SETUP))
+        self._thread = threading.Thread(target=self._main, name=self.thread_name, daemon=True)
+        self._thread.start()
+
+    def _main(self) -> None:
+        outcome = Input.FINISH
+        try:
+            self._run()
+        except MigError as error:
+            self._fail(error)
+            outcome = Input.FAIL
+        except Exception as error:
+            # a guest's or a callback's own mistake: the migration must still end
+            wrapped = MigError(f"{type(error).__name__}: {error}")
+            wrapped.__cause__ = error
+            self._fail(wrapped)
+            outcome = Input.FAIL
+        finally:
+            try:
+                self._cleanup(failed=outcome == Input.FAIL)
+            finally:
+                self._finish(outcome)
+
+    def _finish(self, outcome: Input) -> None:
+        self._mark("end")
+        with self._lock:
+            status = self._machine.feed(outcome)
+            self._cancel.close()
+        try:
+            self._emit(StatusChanged(status))
+        finally:
+            self._done.set()
+
+    def _fail(self, error: MigError) -> None:
+        """Note the first error. Any thread."""
+        with self._lock:
+            if self._error is None:
+                self._error = error
+
+    def _move(self, input_: Input) -> None:
+        """Feed the state machine; CancelledError when the migration is being cancelled."""
+        with self._lock:
+            old = self._machine.status
+            status = self._machine.feed(input_)
+        if status == Status.CANCELLING:
+            raise CancelledError("cancelled")
+        if status != old:
+            self._emit(StatusChanged(status))
+
+    def _mark(self, moment: str) -> None:
+        self._clock[moment] = time.monotonic()
+
+    def _emit(self, event: Event) -> None:
+        if self._on_event is not None:
+            self._on_event(event)
+
+    def _require_status(self, status: Status, input_: Input) -> None:
+        if self.status != status:
+            raise StateError(self.status, input_)
+
+    @abstractmethod
+    def _run(self) -> None:
+        """Do the work; the list of phases."""
+
+    @abstractmethod
+    def _cleanup(self, *, failed: bool) -> None:
+        """Release everything; after a failure restore what the owner had."""
+
+    @abstractmethod
+    def _interrupt(self) -> None:
+        """End every wait of the migration's threads."""
+
+    @abstractmethod
+    def _ram_stats(self) -> RamStats:
+        """Return the present statistics."""

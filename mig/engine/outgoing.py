@@ -1,0 +1,219 @@
+"""OutgoingMigration: the source."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import ClassVar
+
+from mig.channel import Channel, connect
+from mig.channel.uri import parse_uri
+from mig.dirty import DirtyLog
+from mig.engine.convergence import Convergence, RateLimit
+from mig.engine.migration import Migration
+from mig.engine.returnpath import ReturnPath
+from mig.errors import ChannelError, IdleTimeoutError, MigError, OptionError
+from mig.events import Event, PassStarted
+from mig.guest import SourceGuest
+from mig.options import OUTGOING_CAPABILITIES, Capability, Parameters, capability_set
+from mig.ram.save import RamSaver
+from mig.ram.search import PageSearch
+from mig.records import Command, FileHeader
+from mig.state import OUTGOING, Input, Status, Table
+from mig.stats import RamStats
+from mig.stream.writer import StreamWriter
+from mig.wire import PING_SETUP, CommandType
+
+
+class OutgoingMigration(Migration):
+    """Sends a guest; matches the source side of QEMU's precopy.
+
+    capabilities: names that are on, or a mapping of names to on/off
+    parameters:   values by QMP name
+    on_event:     told of every event, by the migration's thread
+
+    When the migration fails or is cancelled the guest runs again and nothing of it is lost. With
+    capability ``return-path`` completed means that the destination has confirmed; without, that
+    every byte has been handed over.
+    """
+
+    table: ClassVar[Table] = OUTGOING
+    thread_name = "mig-outgoing"
+
+    def __init__(
+        self,
+        guest: SourceGuest,
+        *,
+        capabilities: Iterable[str] | Mapping[str, bool] = (),
+        parameters: Mapping[str, object] | None = None,
+        on_event: Callable[[Event], None] | None = None,
+    ) -> None:
+        super().__init__(Parameters.from_qmp(parameters or {}), on_event)
+        self.capabilities = capability_set(capabilities, OUTGOING_CAPABILITIES)
+        self._guest = guest
+        self._uri = ""
+        self._channel: Channel | None = None
+        self._return_path: ReturnPath | None = None
+        self._writer: StreamWriter | None = None
+        self._search: PageSearch | None = None
+        self._log: DirtyLog | None = None
+        self._stopped = False
+        self._passes = 0
+
+    def start(self, uri: str) -> None:
+        """Begin to migrate to ``uri``; UriError when it cannot be read. Returns at once."""
+        parse_uri(uri)
+        self._require_status(Status.NONE, Input.START)
+        self._uri = uri
+        self._launch()
+
+    # ---- phases -----------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        channel = self._connect()
+        writer = self._writer = StreamWriter(channel)
+        search = self._search = PageSearch(self._guest.source_blocks())
+        saver = RamSaver(writer, search, self._guest.ram_section_id, self._counters)
+        saver.footers = self._guest.footers
+        self._start_dirty_log()
+        self._send_setup(channel, writer, saver)
+        self._iterate(writer, search, saver)
+        self._stop_guest()
+        self._complete(writer, search, saver)
+        self._confirm(channel)
+
+    def _connect(self) -> Channel:
+        channel = connect(self._uri, self._cancel, self.parameters.timeout)
+        with self._lock:
+            self._channel = channel
+        if Capability.RETURN_PATH in self.capabilities and not channel.bidirectional:
+            raise OptionError(f"capability 'return-path' is not possible over {channel.name}")
+        self._move(Input.CONNECTED)
+        self._mark("connected")
+        return channel
+
+    def _start_dirty_log(self) -> None:
+        self._log = self._guest.dirty_log()
+        if self._log is not None:
+            self._log.start()
+
+    def _send_setup(self, channel: Channel, writer: StreamWriter, saver: RamSaver) -> None:
+        writer.put(FileHeader().encode())
+        if self._guest.configuration is not None:
+            writer.put(self._guest.configuration.encode())
+        if Capability.RETURN_PATH in self.capabilities:
+            self._return_path = ReturnPath(channel, self._peer_failed)
+            self._return_path.start()
+            writer.put(Command(CommandType.OPEN_RETURN_PATH).encode())
+            writer.put(Command.ping(PING_SETUP).encode())
+        saver.start()
+        writer.flush()
+
+    def _iterate(self, writer: StreamWriter, search: PageSearch, saver: RamSaver) -> None:
+        """Passes over dirty memory while the guest runs."""
+        convergence = Convergence(self.parameters.downtime_limit)
+        limit = RateLimit(self.parameters.max_bandwidth, self._sleep)
+        self._passes = 1
+        self._emit(PassStarted(1))
+        while True:
+            before = writer.offset
+            convergence.pass_started()
+            search.rewind()
+            while batch := search.next_batch():
+                at = writer.offset
+                saver.part(batch)
+                writer.flush()
+                limit.spend(writer.offset - at)
+            convergence.pass_ended(writer.offset - before)
+            if not self._sync(search) or convergence.may_stop(search.remaining):
+                return
+
+    def _sync(self, search: PageSearch) -> int:
+        """Take over the dirty log; returns how many pages are newly dirty."""
+        if self._log is None:
+            return 0
+        self._passes += 1
+        self._emit(PassStarted(self._passes))
+        return sum(self._log.sync(block.idstr, block.dirty) for block in search.blocks)
+
+    def _stop_guest(self) -> None:
+        self._move(Input.SWITCHOVER)
+        self._mark("stopped")
+        self._stopped = True
+        self._guest.stop()
+
+    def _complete(self, writer: StreamWriter, search: PageSearch, saver: RamSaver) -> None:
+        self._sync(search)
+        if self._guest.switchover_start:
+            writer.put(Command(CommandType.SWITCHOVER_START).encode())
+        saver.end()
+        writer.put(self._guest.save_devices())
+        writer.flush()
+
+    def _confirm(self, channel: Channel) -> None:
+        if self._return_path is None:
+            channel.finish()
+        else:
+            # the connection stays open in this direction: QEMU reads on until it closes
+            self._return_path.wait_shut(self.parameters.timeout)
+
+    # ---- ends -------------------------------------------------------------------------------
+
+    def _cleanup(self, *, failed: bool) -> None:
+        if self._return_path is not None and failed and self._channel is not None:
+            self._prefer_peer_error(self._return_path)
+        if self._channel is not None:
+            self._channel.cancel()
+        if self._return_path is not None:
+            self._return_path.join()
+        with self._lock:
+            channel, self._channel = self._channel, None
+        if channel is not None:
+            channel.close()
+        if self._log is not None:
+            self._log.stop()
+        if failed and self._stopped:
+            self._guest.resume()
+
+    def _prefer_peer_error(self, return_path: ReturnPath) -> None:
+        """A write that failed because the destination gave up: what it said is the better error.
+
+        Its last word may still be on its way to the reading thread.
+        """
+        error = self._error
+        if isinstance(error, ChannelError) and not isinstance(error, IdleTimeoutError):
+            try:
+                return_path.wait_shut(1.0)
+            except MigError as said:
+                if self._error is error and said is return_path.error:
+                    self._error = said
+
+    def _peer_failed(self, error: MigError) -> None:
+        """Called by the return path's thread: the first error is set before the channel ends."""
+        self._fail(error)
+        self._interrupt()
+
+    def _interrupt(self) -> None:
+        with self._lock:
+            self._cancel.set()
+            if self._channel is not None:
+                self._channel.cancel()
+
+    def _sleep(self, seconds: float) -> None:
+        if seconds > 0:
+            try:
+                self._cancel.wait({}, seconds)
+            except IdleTimeoutError:
+                return
+
+    def _ram_stats(self) -> RamStats:
+        search, writer, counters = self._search, self._writer, self._counters
+        page_size = search.blocks[0].pages.page_size if search and search.blocks else 0
+        return RamStats(
+            transferred=writer.offset if writer else 0,
+            remaining=search.remaining if search else 0,
+            total=counters.total,
+            duplicate=counters.fill,
+            normal=counters.normal,
+            page_size=page_size,
+            dirty_sync_count=self._passes,
+        )

@@ -1,0 +1,71 @@
+"""The return path as the source sees it: a thread that reads what the destination says."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+from mig.channel import Channel
+from mig.errors import ChannelError, MigError, PeerError, TruncatedError
+from mig.records import ReturnMessage
+from mig.stream.reader import StreamReader
+from mig.wire import ReturnType
+
+
+class ReturnPath:
+    """Reads messages until SHUT.
+
+    on_failure: told once, by the reading thread, when the destination reports failure or leaves
+    before its SHUT
+    """
+
+    def __init__(self, channel: Channel, on_failure: Callable[[MigError], None]) -> None:
+        self._channel = channel
+        self._on_failure = on_failure
+        self._ended = threading.Event()
+        self.error: MigError | None = None
+        self._thread = threading.Thread(target=self._run, name="mig-return-path", daemon=True)
+
+    def start(self) -> None:
+        """Begin to read. The destination may be silent as long as pages are on their way."""
+        self._channel.timeout = None
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            self._read()
+        except MigError as error:
+            self.error = error
+            self._ended.set()
+            self._on_failure(error)
+        self._ended.set()
+
+    def _read(self) -> None:
+        reader = StreamReader(self._channel, buffer_size=4096)
+        while True:
+            try:
+                message = ReturnMessage.read(reader)
+            except (TruncatedError, ChannelError) as error:
+                raise PeerError(
+                    f"the destination went away before it confirmed the migration ({error})"
+                ) from error
+            if message.type == ReturnType.SHUT:
+                if message.value:
+                    raise PeerError(f"the destination reports failure ({message.value:#x})")
+                return
+            if message.type not in (ReturnType.PONG, ReturnType.SWITCHOVER_ACK):
+                raise reader.error(f"{message.type.name} outside of postcopy")
+
+    def wait_shut(self, timeout: float | None) -> None:
+        """Wait until the destination has confirmed; PeerError when it does not.
+
+        timeout: seconds, None for ever
+        """
+        if not self._ended.wait(timeout):
+            raise PeerError(f"the destination did not confirm within {timeout} s")
+        if self.error is not None:
+            raise self.error
+
+    def join(self) -> None:
+        """Wait for the thread to end; the channel is cancelled or SHUT has come."""
+        self._thread.join()

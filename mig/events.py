@@ -1,0 +1,31 @@
+"""Events that a migration reports to its ``on_event`` callback, from its own thread."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mig.state import Status
+
+
+@dataclass(frozen=True, slots=True)
+class StatusChanged:
+    """The migration has a new status (QMP event MIGRATION)."""
+
+    status: Status
+
+
+@dataclass(frozen=True, slots=True)
+class PassStarted:
+    """The outgoing side starts pass ``number`` over dirty memory (QMP event MIGRATION_PASS)."""
+
+    number: int
+
+
+@dataclass(frozen=True, slots=True)
+class Listening:
+    """The incoming side can be connected to at ``uri``."""
+
+    uri: str
+
+
+Event = StatusChanged | PassStarted | Listening

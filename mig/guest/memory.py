@@ -1,0 +1,129 @@
+"""MemoryGuest: a guest made of GuestMemory and registered devices."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from mig import _core
+from mig.dirty import DirtyLog
+from mig.errors import MismatchError
+from mig.memory import GuestMemory
+from mig.ram.search import SourceBlock
+from mig.records import BlockInfo, Configuration
+from mig.savevm.devices import DeviceState
+from mig.savevm.registry import DeviceRegistry
+
+_RAM_SECTION = 1
+
+
+class MemoryGuest:
+    """A guest that a program builds for itself; satisfies SourceGuest and DestinationGuest.
+
+    machine:   name of the machine type; the destination must have the same
+    memory:    its RAM
+    devices:   everything else that it is
+    dirty:     log of writes, None when nothing writes memory while it is sent
+    on_stop, on_resume: stop the vCPUs, let them run again
+    """
+
+    def __init__(
+        self,
+        machine: str,
+        memory: GuestMemory,
+        devices: DeviceRegistry | None = None,
+        *,
+        dirty: DirtyLog | None = None,
+        on_stop: Callable[[], None] = lambda: None,
+        on_resume: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.memory = memory
+        self.devices = devices or DeviceRegistry()
+        self.configuration: Configuration | None = Configuration(
+            machine, page_bits=memory.page_size.bit_length() - 1
+        )
+        self.ram_section_id = _RAM_SECTION
+        self.footers = True
+        self.switchover_start = False
+        self.stop = on_stop
+        self.resume = on_resume
+        self._dirty = dirty
+        self._machine = machine
+        self._loading: list[tuple[_core.Pages, _core.Bitmap, bool]] = []
+
+    # ---- source -----------------------------------------------------------------------------
+
+    def source_blocks(self) -> Sequence[SourceBlock]:
+        """Return every block with all its pages dirty."""
+        blocks = []
+        for block in self.memory:
+            dirty = _core.Bitmap(block.pages.npages, fill=True)
+            blocks.append(SourceBlock(block.idstr, block.used_length, block.pages, True, dirty))
+        return blocks
+
+    def dirty_log(self) -> DirtyLog | None:
+        """Return the log the guest was made with."""
+        return self._dirty
+
+    def save_devices(self) -> bytes:
+        """Return the registered devices' sections, EOF and description."""
+        return self.devices.save(self.memory.page_size, _RAM_SECTION + 1)
+
+    # ---- destination ------------------------------------------------------------------------
+
+    def configure(self, configuration: Configuration | None) -> None:
+        """MismatchError unless machine type and page size are this guest's."""
+        if configuration is None:
+            return
+        if configuration.machine != self._machine:
+            raise MismatchError(
+                f"the stream is of machine type '{configuration.machine}', "
+                f"this guest is '{self._machine}'"
+            )
+
+    def open_blocks(self, blocks: Sequence[BlockInfo], page_size: int) -> None:
+        """MismatchError unless every block is this guest's, and of the same length."""
+        if page_size != self.memory.page_size:
+            raise MismatchError(
+                f"the stream has pages of {page_size} bytes, this guest of {self.memory.page_size}"
+            )
+        mine = {block.idstr: block for block in self.memory}
+        self._loading.clear()
+        for info in blocks:
+            block = mine.get(info.idstr)
+            if block is None:
+                raise MismatchError("this guest has no such block", block=info.idstr)
+            if block.used_length != info.used_length:
+                raise MismatchError(
+                    f"the stream's block has {info.used_length} bytes, this guest's "
+                    f"{block.used_length}",
+                    block=info.idstr,
+                )
+            received = _core.Bitmap(block.pages.npages)
+            self._loading.append((block.pages, received, block.fresh))
+            block.fresh = False
+
+    def put(
+        self, parser: _core.RamParser, data: bytes | bytearray | memoryview, start: int
+    ) -> None:
+        """Copy a burst into memory."""
+        if parser.npages:
+            pages, received, fresh = self._loading[parser.current]
+            parser.place(data, start, pages, received, fresh)
+
+    def ram_started(self, section_id: int, footers: bool) -> None:
+        """Nothing to note."""
+
+    def switchover_started(self) -> None:
+        """Nothing to note."""
+
+    def load_devices(self, state: DeviceState) -> None:
+        """Give the sections to the registered devices."""
+        self.devices.load(state)
+
+    def commit(self) -> None:
+        """Release the memory to its owner."""
+        self._loading.clear()
+
+    def abort(self) -> None:
+        """Release the memory to its owner; its contents are whatever had arrived."""
+        self._loading.clear()

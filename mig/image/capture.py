@@ -1,0 +1,199 @@
+"""StreamCapture: a destination that keeps the VM in a file, as an ordinary migration stream."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import stat
+from collections.abc import Sequence
+from pathlib import Path
+
+from mig import _core
+from mig.errors import ChannelError, MismatchError
+from mig.records import (
+    BlockInfo,
+    BlockList,
+    Command,
+    Configuration,
+    FileHeader,
+    SectionHeader,
+    encode_continuation,
+    encode_footer,
+)
+from mig.savevm.devices import DeviceState
+from mig.wire import RAM_IDSTR, RAM_VERSION, CommandType, RamFlag, SectionType
+
+_EOS = int(RamFlag.EOS).to_bytes(8, "big")
+
+
+class StreamCapture:
+    """Writes what is received into ``path``; satisfies DestinationGuest.
+
+    fsync: have the file on stable storage before the source is told that all is well
+
+    The file holds every page once, however often the source sent it: a page that comes again is
+    rewritten in its place. No guest memory is held, so the VM may be larger than this host. The
+    file appears, complete, in commit(), or not at all.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], *, fsync: bool = False) -> None:
+        self.path = Path(path)
+        self._fsync = fsync
+        with contextlib.suppress(FileNotFoundError):
+            if not stat.S_ISREG(self.path.stat().st_mode):
+                raise ChannelError(f"{self.path} exists and is not a regular file")
+        self._partial: Path | None = None
+        self._fd = self._open()
+        self._configuration: Configuration | None = None
+        self._blocks = BlockList()
+        self._section_id = 1
+        self._footers = True
+        self._switchover_start = False
+        self._log: _core.PageLog | None = None
+        self._state: DeviceState | None = None
+
+    def _open(self) -> int:
+        """A file without a name where the file system can, else one that abort() removes."""
+        folder = self.path.parent
+        try:
+            with contextlib.suppress(OSError, AttributeError):
+                return os.open(folder, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
+            self._partial = self._beside()
+            return os.open(
+                self._partial, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o600
+            )
+        except OSError as error:
+            raise ChannelError(f"{self.path}: {error.strerror}") from error
+
+    def _beside(self) -> Path:
+        return self.path.with_name(f".{self.path.name}.{secrets.token_hex(4)}.partial")
+
+    # ---- what the loader says ---------------------------------------------------------------
+
+    def configure(self, configuration: Configuration | None) -> None:
+        """Keep the configuration."""
+        self._configuration = configuration
+
+    def open_blocks(self, blocks: Sequence[BlockInfo], page_size: int) -> None:
+        """Keep the block list."""
+        self._blocks = BlockList(tuple(blocks))
+
+    def ram_started(self, section_id: int, footers: bool) -> None:
+        """Keep the id; the file's own sections will look like the source's."""
+        if self._log is not None and (section_id, footers) != (self._section_id, self._footers):
+            raise MismatchError("pages in the setup section of a stream without footers")
+        self._section_id, self._footers = section_id, footers
+
+    def put(
+        self, parser: _core.RamParser, data: bytes | bytearray | memoryview, start: int
+    ) -> None:
+        """Write a burst of pages."""
+        if parser.npages:
+            self._open_log(parser).put(data, start)
+
+    def switchover_started(self) -> None:
+        """Keep the command for the file."""
+        self._switchover_start = True
+
+    def load_devices(self, state: DeviceState) -> None:
+        """Write the end of the file: zero pages, the end of RAM, the devices."""
+        self._state = state
+        if self._log is None:
+            self._log = self._open_log(_core.RamParser([], 1 << 12))
+        self._log.finish()
+        tail = [_EOS, self._footer()]
+        if self._switchover_start:
+            tail.append(Command(CommandType.SWITCHOVER_START).encode())
+        tail += [encode_continuation(SectionType.END, self._section_id), _EOS, self._footer()]
+        tail.append(state.raw)
+        self._write(b"".join(tail), self._log.tail)
+
+    # ---- pieces -----------------------------------------------------------------------------
+
+    def _footer(self) -> bytes:
+        return encode_footer(self._section_id) if self._footers else b""
+
+    def _open_log(self, parser: _core.RamParser) -> _core.PageLog:
+        """Everything up to the first page, then the log of pages."""
+        if self._log is None:
+            head = [FileHeader().encode()]
+            if self._configuration is not None:
+                head.append(self._configuration.encode())
+            ram = SectionHeader(self._section_id, RAM_IDSTR, 0, RAM_VERSION)
+            head += [ram.encode(SectionType.START), self._blocks.encode(), _EOS, self._footer()]
+            head.append(encode_continuation(SectionType.PART, self._section_id))
+            prologue = b"".join(head)
+            self._write(prologue, 0)
+            self._log = _core.PageLog(self._fd, parser, len(prologue))
+        return self._log
+
+    def _write(self, data: bytes, offset: int) -> None:
+        view = memoryview(data)
+        try:
+            while len(view):
+                done = os.pwrite(self._fd, view, offset)
+                view, offset = view[done:], offset + done
+        except OSError as error:
+            raise ChannelError(f"{self.path}: {error.strerror}") from error
+
+    # ---- ends -------------------------------------------------------------------------------
+
+    def commit(self) -> None:
+        """Give the file its name, replacing an older one."""
+        try:
+            if self._fsync:
+                os.fsync(self._fd)
+            os.fchmod(self._fd, 0o666 & ~_umask())
+            if self._partial is None:
+                self._partial = self._give_name()
+            self._partial.replace(self.path)
+            self._partial = None
+            if self._fsync:
+                _fsync_folder(self.path.parent)
+        except OSError as error:
+            raise ChannelError(f"{self.path}: {error.strerror}") from error
+        self.close()
+
+    def _give_name(self) -> Path:
+        """Link the nameless file beside its place: linkat() itself would not replace a file."""
+        partial = self._beside()
+        folder = os.open(self.path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            # only with a directory descriptor does Python follow the link in /proc
+            source = f"/proc/self/fd/{self._fd}"
+            os.link(source, partial.name, dst_dir_fd=folder, follow_symlinks=True)
+        finally:
+            os.close(folder)
+        return partial
+
+    def abort(self) -> None:
+        """Leave nothing behind."""
+        if self._partial is not None:
+            with contextlib.suppress(OSError):
+                self._partial.unlink()
+            self._partial = None
+        self.close()
+
+    def close(self) -> None:
+        """Release the descriptor."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
+def _umask() -> int:
+    """The process's umask, which can only be read by setting it."""
+    with Path("/proc/self/status").open() as status:
+        for line in status:
+            if line.startswith("Umask:"):
+                return int(line.split()[1], 8)
+    return 0o077
+
+
+def _fsync_folder(folder: Path) -> None:
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

@@ -1,0 +1,1 @@
+"""The savevm handler of guest memory: the `ram` section."""

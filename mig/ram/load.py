@@ -1,0 +1,120 @@
+"""Loading the `ram` section: block list, then bursts of page records until EOS."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from mig import _core
+from mig.errors import MismatchError, StreamError, UnsupportedError
+from mig.records import BlockInfo, BlockList
+from mig.stats import RamCounters
+from mig.stream.reader import StreamReader
+from mig.wire import RamFlag
+
+#: records of features that this loader leaves out, and the capability that makes a source send them
+_CAPABILITY_OF = {
+    RamFlag.XBZRLE: "xbzrle",
+    RamFlag.HOOK: "rdma-pin-all",
+    RamFlag.COMPRESS_PAGE: "compress",
+    RamFlag.MULTIFD_FLUSH: "multifd",
+}
+
+
+class PageSink(Protocol):
+    """Where loaded pages go."""
+
+    def open_blocks(self, blocks: Sequence[BlockInfo], page_size: int) -> None:
+        """Take the block list; MismatchError when these blocks cannot be loaded."""
+
+    def put(
+        self, parser: _core.RamParser, data: bytes | bytearray | memoryview, start: int
+    ) -> None:
+        """Take the parser's last burst, parsed from ``data`` at ``start``."""
+
+
+class RamLoader:
+    """Reads payloads of the `ram` section of one stream.
+
+    The current block is remembered over sections: the first record of a section may say CONTINUE.
+    Matches ram_load() and ram_load_precopy() of QEMU.
+    """
+
+    def __init__(
+        self, reader: StreamReader, sink: PageSink, page_size: int, counters: RamCounters
+    ) -> None:
+        self._reader = reader
+        self._sink = sink
+        self._page_size = page_size
+        self._counters = counters
+        self._parser: _core.RamParser | None = None
+        self.blocks: tuple[BlockInfo, ...] = ()
+
+    def load_payload(self) -> None:
+        """Read one section's payload up to and including its EOS."""
+        if self._parser is None:
+            self._load_before_block_list()
+        if self._parser is not None:
+            self._load_pages(self._parser)
+
+    def _load_before_block_list(self) -> None:
+        reader = self._reader
+        at = reader.offset
+        word = reader.u64("a RAM record")
+        flags = RamFlag(word & (self._page_size - 1))
+        if flags == RamFlag.EOS:
+            return
+        if flags != RamFlag.MEM_SIZE:
+            raise reader.error(f"RAM record {flags!r} before the block list", offset=at)
+        listed = BlockList.read(reader, word & ~(self._page_size - 1), self._page_size)
+        self.blocks = listed.blocks
+        try:
+            self._sink.open_blocks(self.blocks, self._page_size)
+        except MismatchError as error:
+            raise MismatchError(
+                error.message, offset=at, section=reader.section, block=error.block
+            ) from error
+        self._counters.total = listed.total
+        self._parser = _core.RamParser(
+            [(b.idstr.encode(), b.npages(self._page_size)) for b in self.blocks], self._page_size
+        )
+
+    def _load_pages(self, parser: _core.RamParser) -> None:
+        """The hot loop: every turn parses and places one burst, megabytes if they are there."""
+        reader, sink, counters = self._reader, self._sink, self._counters
+        stop = _core.STOP_FULL
+        while stop != _core.STOP_EOS:
+            start, end = reader.window
+            try:
+                stop = parser.parse(reader.buffer, start, end)
+                sink.put(parser, reader.buffer, start)
+            except _core.RamRecordError as error:
+                raise self._at_record(parser, str(error)) from error
+            counters.add(parser.npages, parser.nfill)
+            reader.advance(parser.consumed)
+            if stop == _core.STOP_MORE:
+                reader.need(parser.need, "a RAM record")
+            elif stop == _core.STOP_OTHER:
+                self._refuse(parser)
+
+    def _block_name(self, parser: _core.RamParser) -> str | None:
+        return self.blocks[parser.current].idstr if parser.current >= 0 else None
+
+    def _at_record(self, parser: _core.RamParser, message: str) -> StreamError:
+        at = self._reader.offset + parser.consumed
+        block = self._block_name(parser)
+        return StreamError(message, offset=at, section=self._reader.section, block=block)
+
+    def _refuse(self, parser: _core.RamParser) -> None:
+        """A record that is no page: name the feature it belongs to."""
+        flags = RamFlag(parser.word & (self._page_size - 1)) & ~RamFlag.CONTINUE
+        for flag, capability in _CAPABILITY_OF.items():
+            if flags == flag:
+                raise UnsupportedError(
+                    f"RAM record {flag.name} is not supported",
+                    capability=capability,
+                    offset=self._reader.offset,
+                    section=self._reader.section,
+                    block=self._block_name(parser),
+                )
+        raise self._at_record(parser, f"unknown RAM record: flags {int(flags):#x}")

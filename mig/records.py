@@ -1,0 +1,318 @@
+"""What is on the wire, as frozen dataclasses: read from a `StreamReader`, encoded to bytes.
+
+Octet diagrams: docs/wire.md.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass, field
+from uuid import UUID
+
+from mig import wire
+from mig.errors import StreamError
+from mig.stream.reader import StreamReader
+from mig.wire import CommandType, RamFlag, ReturnType, SectionType
+
+
+def counted(text: str | bytes) -> bytes:
+    """Return a counted string: one length byte, then the bytes; ValueError past 255."""
+    raw = text.encode("ascii") if isinstance(text, str) else text
+    if len(raw) > 255:
+        raise ValueError(f"counted string of {len(raw)} bytes")
+    return bytes([len(raw)]) + raw
+
+
+# ---- the start of a stream -------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class FileHeader:
+    """be32 magic "QEVM", be32 version."""
+
+    version: int = wire.FILE_VERSION
+
+    def encode(self) -> bytes:
+        """Return the eight bytes."""
+        return struct.pack(">II", wire.FILE_MAGIC, self.version)
+
+    @classmethod
+    def read(cls, reader: StreamReader) -> FileHeader:
+        """Read and check; StreamError when it is not a stream of version 3."""
+        at = reader.offset
+        magic = reader.u32("the file header")
+        if magic == wire.MULTIFD_MAGIC:
+            raise StreamError("this is a multifd channel, not a migration stream", offset=at)
+        if magic != wire.FILE_MAGIC:
+            raise StreamError(f"not a migration stream: magic {magic:#010x}", offset=at)
+        version = reader.u32("the file header")
+        if version == wire.FILE_VERSION_COMPAT:
+            raise StreamError(
+                "stream of version 2, which QEMU stopped writing before 0.11", offset=at + 4
+            )
+        if version != wire.FILE_VERSION:
+            raise StreamError(f"unknown stream version {version}", offset=at + 4)
+        return cls(version)
+
+
+@dataclass(frozen=True, slots=True)
+class Configuration:
+    """The configuration section: type 0x07, be32 length, machine type name, subsections.
+
+    machine:      resolved machine type, such as ``pc-i440fx-7.2``
+    page_bits:    log2 of the target page size, None when the target has only one
+    capabilities: those that both sides must agree about, None when the subsection is absent
+    uuid:         of the machine, with capability validate-uuid
+    """
+
+    machine: str
+    page_bits: int | None = None
+    capabilities: tuple[str, ...] | None = None
+    uuid: UUID | None = None
+
+    @property
+    def page_size(self) -> int:
+        """Target page size in bytes."""
+        return 1 << (wire.DEFAULT_PAGE_BITS if self.page_bits is None else self.page_bits)
+
+    def encode(self) -> bytes:
+        """Return type byte, length, name and subsections, in QEMU's order."""
+        name = self.machine.encode("ascii")
+        out = [struct.pack(">BI", SectionType.CONFIGURATION, len(name)), name]
+        if self.page_bits is not None:
+            body = struct.pack(">I", self.page_bits)
+            out.append(self._subsection(wire.SUBSECTION_PAGE_BITS, body))
+        if self.capabilities is not None:
+            names = b"".join(counted(name) for name in self.capabilities)
+            body = struct.pack(">I", len(self.capabilities)) + names
+            out.append(self._subsection(wire.SUBSECTION_CAPABILITIES, body))
+        if self.uuid is not None:
+            out.append(self._subsection(wire.SUBSECTION_UUID, self.uuid.bytes))
+        return b"".join(out)
+
+    @staticmethod
+    def _subsection(name: str, body: bytes) -> bytes:
+        head = struct.pack(">B", SectionType.SUBSECTION) + counted(name)
+        return head + struct.pack(">I", wire.SUBSECTION_VERSION) + body
+
+    @classmethod
+    def read(cls, reader: StreamReader) -> Configuration:
+        """Read what follows the type byte."""
+        what = "the configuration section"
+        reader.section = "configuration"
+        at = reader.offset
+        length = reader.u32(what)
+        if not 0 < length <= wire.MAX_MACHINE_NAME:
+            raise reader.error(f"machine type name of {length} bytes", offset=at)
+        machine = reader.as_text(reader.read(length, what), "machine type", at + 4)
+        page_bits, capabilities, uuid = None, None, None
+        while reader.peek() == SectionType.SUBSECTION:
+            at = reader.offset
+            reader.u8(what)
+            name = reader.text("name of a subsection")
+            version = reader.u32(what)
+            if version != wire.SUBSECTION_VERSION:
+                raise reader.error(f"subsection '{name}' of version {version}", offset=at)
+            if name == wire.SUBSECTION_PAGE_BITS:
+                page_bits = reader.u32(what)
+                if not wire.MIN_PAGE_BITS <= page_bits <= wire.MAX_PAGE_BITS:
+                    raise reader.error(f"target page of 2^{page_bits} bytes", offset=at)
+            elif name == wire.SUBSECTION_CAPABILITIES:
+                capabilities = cls._read_capabilities(reader)
+            elif name == wire.SUBSECTION_UUID:
+                uuid = UUID(bytes=reader.read(16, what))
+            else:
+                raise reader.error(f"unknown subsection '{name}'", offset=at)
+        reader.section = None
+        return cls(machine, page_bits, capabilities, uuid)
+
+    @staticmethod
+    def _read_capabilities(reader: StreamReader) -> tuple[str, ...]:
+        at = reader.offset
+        count = reader.u32("the capabilities")
+        if count > wire.MAX_CAPABILITIES:
+            raise reader.error(f"{count} capabilities", offset=at)
+        return tuple(reader.text("capability") for _ in range(count))
+
+
+# ---- sections and commands -------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class SectionHeader:
+    """Header of a START or FULL section, without its type byte.
+
+    be32 section_id, counted idstr, be32 instance_id, be32 version_id
+    """
+
+    section_id: int
+    idstr: str
+    instance_id: int
+    version_id: int
+
+    def encode(self, kind: SectionType) -> bytes:
+        """Return type byte and header."""
+        return (
+            struct.pack(">BI", kind, self.section_id)
+            + counted(self.idstr)
+            + struct.pack(">II", self.instance_id, self.version_id)
+        )
+
+    @classmethod
+    def read(cls, reader: StreamReader) -> SectionHeader:
+        """Read what follows the type byte."""
+        section_id = reader.u32("a section header")
+        idstr = reader.text("idstr of a section")
+        reader.section = idstr
+        return cls(section_id, idstr, *(reader.u32("a section header") for _ in range(2)))
+
+
+def encode_continuation(kind: SectionType, section_id: int) -> bytes:
+    """Return the header of a PART or END section."""
+    return struct.pack(">BI", kind, section_id)
+
+
+def encode_footer(section_id: int) -> bytes:
+    """Return the footer of a section."""
+    return struct.pack(">BI", SectionType.FOOTER, section_id)
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """Type 0x08, be16 command, be16 length, data."""
+
+    type: CommandType
+    data: bytes = b""
+
+    def encode(self) -> bytes:
+        """Return type byte, header and data."""
+        return struct.pack(">BHH", SectionType.COMMAND, self.type, len(self.data)) + self.data
+
+    @classmethod
+    def ping(cls, value: int) -> Command:
+        """Return a PING, which is answered by a PONG of the same value."""
+        return cls(CommandType.PING, struct.pack(">I", value))
+
+    @property
+    def value(self) -> int:
+        """The be32 that PING and PACKAGED carry."""
+        value: int = struct.unpack(">I", self.data)[0]
+        return value
+
+    @classmethod
+    def read(cls, reader: StreamReader) -> Command:
+        """Read what follows the type byte; StreamError on an unknown command or length."""
+        at = reader.offset
+        number, length = reader.u16("a command"), reader.u16("a command")
+        try:
+            kind = CommandType(number)
+        except ValueError:
+            raise reader.error(f"unknown command {number}", offset=at) from None
+        fixed = wire.COMMAND_LENGTH[kind]
+        if fixed is not None and length != fixed:
+            raise reader.error(f"command {kind.name} of {length} bytes, not {fixed}", offset=at)
+        return cls(kind, reader.read(length, "a command"))
+
+
+# ---- the return path -------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class ReturnMessage:
+    """be16 type, be16 length, data: a message on the return path."""
+
+    type: ReturnType
+    data: bytes = b""
+
+    def encode(self) -> bytes:
+        """Return header and data."""
+        return struct.pack(">HH", self.type, len(self.data)) + self.data
+
+    @classmethod
+    def shut(cls, error: int) -> ReturnMessage:
+        """Return the last message of a destination; ``error`` 0 says that all is loaded."""
+        return cls(ReturnType.SHUT, struct.pack(">I", error))
+
+    @classmethod
+    def pong(cls, value: int) -> ReturnMessage:
+        """Return the answer to PING ``value``."""
+        return cls(ReturnType.PONG, struct.pack(">I", value))
+
+    @property
+    def value(self) -> int:
+        """The be32 that SHUT, PONG and RESUME_ACK carry."""
+        value: int = struct.unpack(">I", self.data)[0]
+        return value
+
+    @classmethod
+    def read(cls, reader: StreamReader) -> ReturnMessage:
+        """Read one message; StreamError on an unknown type or a wrong length."""
+        at = reader.offset
+        number, length = reader.u16("a return message"), reader.u16("a return message")
+        try:
+            kind = ReturnType(number)
+        except ValueError:
+            raise reader.error(f"unknown return-path message {number}", offset=at) from None
+        fixed = wire.RETURN_LENGTH[kind]
+        if (fixed is not None and length != fixed) or length > wire.MAX_RETURN_MESSAGE:
+            raise reader.error(f"return-path message {kind.name} of {length} bytes", offset=at)
+        return cls(kind, reader.read(length, "a return message"))
+
+
+# ---- RAM -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class BlockInfo:
+    """One entry of the block list: counted idstr, be64 used_length (bytes)."""
+
+    idstr: str
+    used_length: int
+
+    def npages(self, page_size: int) -> int:
+        """Return the number of target pages."""
+        return self.used_length // page_size
+
+
+@dataclass(frozen=True, slots=True)
+class BlockList:
+    """The MEM_SIZE record: be64 total | MEM_SIZE, then blocks until the total is used up."""
+
+    blocks: tuple[BlockInfo, ...] = field(default_factory=tuple)
+
+    @property
+    def total(self) -> int:
+        """Sum of the blocks' lengths in bytes."""
+        return sum(block.used_length for block in self.blocks)
+
+    def encode(self) -> bytes:
+        """Return word and list."""
+        out = [struct.pack(">Q", self.total | RamFlag.MEM_SIZE)]
+        for block in self.blocks:
+            out.append(counted(block.idstr) + struct.pack(">Q", block.used_length))
+        return b"".join(out)
+
+    @classmethod
+    def read(cls, reader: StreamReader, total: int, page_size: int) -> BlockList:
+        """Read the list that follows a MEM_SIZE word of ``total`` bytes."""
+        at = reader.offset
+        if total > wire.MAX_RAM_BYTES:
+            raise reader.error(f"{total} bytes of RAM are past the limit", offset=at)
+        blocks: dict[str, BlockInfo] = {}
+        left = total
+        while left:
+            at = reader.offset
+            block = BlockInfo(reader.text("name of a RAM block"), reader.u64("the block list"))
+            if len(blocks) == wire.MAX_RAM_BLOCKS:
+                raise reader.error("too many RAM blocks", offset=at)
+            if block.idstr in blocks:
+                raise reader.error(f"RAM block '{block.idstr}' is listed twice", offset=at)
+            if block.used_length > left or block.used_length % page_size:
+                raise reader.error(
+                    f"RAM block '{block.idstr}' of {block.used_length} bytes "
+                    f"(pages of {page_size}, {left} bytes of the total left)",
+                    offset=at,
+                )
+            blocks[block.idstr] = block
+            left -= block.used_length
+        return cls(tuple(blocks.values()))

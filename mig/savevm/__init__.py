@@ -1,0 +1,1 @@
+"""The savevm side of a stream: sections, device state and its description."""

@@ -1,0 +1,259 @@
+"""Device state: what stands between the end of RAM and the end of a stream, cut into sections.
+
+A device's payload carries no length. The description at the end of the stream gives it; where
+there is none, the footers alone tell whether the state is complete, and it is kept as one piece.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+
+from mig import wire
+from mig.errors import StreamError, TruncatedError
+from mig.savevm.vmdesc import Description, DescriptionError
+from mig.wire import SectionType
+
+_HEADER = struct.Struct(">BI")
+_INSTANCE_VERSION = struct.Struct(">II")
+_DESCRIPTION_MARK = bytes([SectionType.EOF, SectionType.VMDESCRIPTION])
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceSection:
+    """One device's section as it was on the wire, payload opaque.
+
+    offset: of the section's type byte from the start of the device state
+    """
+
+    section_id: int
+    idstr: str
+    instance_id: int
+    version_id: int
+    payload: bytes
+    offset: int
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceState:
+    """Everything after RAM, through EOF and VMDESCRIPTION.
+
+    raw:         the bytes as received, ready to be sent again
+    sections:    the devices one by one; None when the stream had no description (then the state
+                 is one piece)
+    description: the JSON, b"" when the stream had none
+    """
+
+    raw: bytes
+    sections: tuple[DeviceSection, ...] | None
+    description: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class _Header:
+    section_id: int
+    idstr: str
+    instance_id: int
+    version_id: int
+    end: int
+
+
+def _parse_header(raw: bytes | bytearray, at: int) -> _Header | None:
+    """Header of a FULL section at ``at``; None when there is none or not all of it."""
+    if len(raw) < at + 6 or raw[at] != SectionType.FULL:
+        return None
+    length = raw[at + 5]
+    end = at + 6 + length + _INSTANCE_VERSION.size
+    name = bytes(raw[at + 6 : at + 6 + length])
+    if len(raw) < end or not name or not name.isascii() or not name.decode().isprintable():
+        return None
+    instance_id, version_id = _INSTANCE_VERSION.unpack_from(raw, end - _INSTANCE_VERSION.size)
+    section_id: int = _HEADER.unpack_from(raw, at)[1]
+    return _Header(section_id, name.decode(), instance_id, version_id, end)
+
+
+def footer_walk(raw: bytes | bytearray) -> int | None:
+    """Follow the sections by their footers alone; return the offset behind EOF.
+
+    None when the sections do not lead to an EOF byte that is the last one, or is followed by a
+    description. A section ends at the first footer of its id behind which another section with a
+    new id, or such an EOF, stands.
+    """
+    at, seen = 0, set[int]()
+    while raw[at : at + 1] == bytes([SectionType.FULL]):
+        header = _parse_header(raw, at)
+        if header is None or header.section_id in seen:
+            return None
+        seen.add(header.section_id)
+        footer = _HEADER.pack(SectionType.FOOTER, header.section_id)
+        found = raw.find(footer, header.end)
+        while found >= 0 and not _can_follow(raw, found + len(footer), seen):
+            found = raw.find(footer, found + 1)
+        if found < 0:
+            return None
+        at = found + len(footer)
+    return at + 1 if _is_end(raw, at) else None
+
+
+def _can_follow(raw: bytes | bytearray, at: int, seen: set[int]) -> bool:
+    header = _parse_header(raw, at)
+    return (header is not None and header.section_id not in seen) or _is_end(raw, at)
+
+
+def _is_end(raw: bytes | bytearray, at: int) -> bool:
+    if raw[at : at + 1] != bytes([SectionType.EOF]):
+        return False
+    return len(raw) == at + 1 or raw[at + 1] == SectionType.VMDESCRIPTION
+
+
+class DeviceTail:
+    """Collects the bytes after RAM as they arrive and finds their end.
+
+    offset:  stream offset of the first byte, for errors
+    footers: whether the sections of this stream have footers
+    """
+
+    def __init__(self, offset: int, *, footers: bool = True) -> None:
+        self._offset = offset
+        self._footers = footers
+        self._raw = bytearray()
+        self._scanned = 0
+        self._candidates: list[int] = []
+
+    def __len__(self) -> int:
+        return len(self._raw)
+
+    def feed(self, data: bytes | bytearray | memoryview) -> DeviceState | None:
+        """Add bytes; return the state once a description that fits it is complete."""
+        if len(self._raw) + len(data) > wire.MAX_DEVICE_STATE:
+            raise StreamError("device state is past the limit", offset=self._offset)
+        self._raw += data
+        self._find_candidates()
+        for at in self._candidates:
+            text = self._description_at(at)
+            if text is None:
+                continue
+            try:
+                description = Description.parse(text)
+            except DescriptionError:
+                continue  # payload that happens to look like the start of a description
+            return self._cut(at, text, description)
+        return None
+
+    def _find_candidates(self) -> None:
+        """Places that look like EOF, VMDESCRIPTION, a length within limits and JSON."""
+        while True:
+            at = self._raw.find(_DESCRIPTION_MARK, self._scanned)
+            if at < 0:
+                self._scanned = max(self._scanned, len(self._raw) - 1)
+                return
+            if len(self._raw) < at + 7:
+                self._scanned = at
+                return
+            length = int.from_bytes(self._raw[at + 2 : at + 6], "big")
+            if length <= wire.MAX_DESCRIPTION and self._raw[at + 6] == ord("{"):
+                self._candidates.append(at)
+            self._scanned = at + 1
+
+    def _description_at(self, at: int) -> bytes | None:
+        length = int.from_bytes(self._raw[at + 2 : at + 6], "big")
+        end = at + 6 + length
+        return bytes(self._raw[at + 6 : end]) if len(self._raw) >= end else None
+
+    def _cut(self, at: int, text: bytes, description: Description) -> DeviceState:
+        """The state whose description is at ``at``; StreamError unless they agree."""
+        raw = bytes(self._raw[: at + 6 + len(text)])
+        try:
+            sections = self._split(raw, at, description)
+        except StreamError:
+            # QEMU never checks the sizes, so a slip in a device's description must not cost the
+            # VM as long as the footers lead to its end.
+            if not self._footers or footer_walk(raw) != at + 1:
+                raise
+            sections = None
+        return DeviceState(raw, sections, text)
+
+    def _split(self, raw: bytes, end: int, description: Description) -> tuple[DeviceSection, ...]:
+        """Cut raw[:end] into the described devices; StreamError where they do not agree."""
+        sections, at = [], 0
+        described = iter(description.devices)
+        while at < end:
+            header = _parse_header(raw, at)
+            if header is None:
+                raise StreamError("no device section here", offset=self._offset + at)
+            key = (header.idstr, header.instance_id)
+            # devices that were saved before RAM are described too, but are not here
+            device = next((d for d in described if (d.idstr, d.instance_id) == key), None)
+            if device is None:
+                raise StreamError(
+                    "device is not in the description",
+                    offset=self._offset + at,
+                    section=header.idstr,
+                )
+            stop = header.end + device.nbytes
+            following = stop + (_HEADER.size if self._footers else 0)
+            footer = _HEADER.pack(SectionType.FOOTER, header.section_id)
+            if following > end or (self._footers and raw[stop:following] != footer):
+                raise StreamError(
+                    f"footer of section {header.section_id} is missing after "
+                    f"{device.nbytes} bytes of payload",
+                    offset=self._offset + min(stop, end),
+                    section=header.idstr,
+                )
+            sections.append(
+                DeviceSection(
+                    header.section_id,
+                    header.idstr,
+                    header.instance_id,
+                    header.version_id,
+                    raw[header.end : stop],
+                    at,
+                )
+            )
+            at = following
+        return tuple(sections)
+
+    def ends_here(self) -> bool:
+        """Whether the bytes so far are a whole device state without a description."""
+        return self._footers and footer_walk(self._raw) == len(self._raw)
+
+    def finish(self) -> DeviceState:
+        """The stream has ended: return the state as one piece, or raise what is wrong.
+
+        Accepts what QEMU's loader accepts: a stream that ends with its EOF byte.
+        """
+        raw = bytes(self._raw)
+        if self._footers:
+            end = footer_walk(raw)
+        else:
+            # without footers and without a description only the last byte can be checked
+            end = len(raw) if raw[-1:] == bytes([SectionType.EOF]) else None
+        if end == len(raw):
+            return DeviceState(raw, None, b"")
+        raise self._why(raw, end)
+
+    def _why(self, raw: bytes, end: int | None) -> StreamError:
+        """The most exact thing that can be said of a tail that is not a device state."""
+        if end is not None:
+            return TruncatedError(
+                f"stream ends after {self._offset + len(raw)} bytes, inside the description",
+                offset=self._offset + end,
+            )
+        at, idstr = self._last_section(raw)
+        return TruncatedError(
+            f"stream ends after {self._offset + len(raw)} bytes, inside the device state",
+            offset=self._offset + at,
+            section=idstr,
+        )
+
+    def _last_section(self, raw: bytes) -> tuple[int, str | None]:
+        """Offset and idstr of the section in which following the footers comes to an end."""
+        at, idstr = 0, None
+        while (header := _parse_header(raw, at)) is not None:
+            idstr = header.idstr
+            footer = _HEADER.pack(SectionType.FOOTER, header.section_id)
+            found = raw.find(footer, header.end)
+            if found < 0:
+                return at, idstr
+            at = found + len(footer)
+        return at, None if at else idstr

@@ -1,0 +1,221 @@
+"""Loading a main stream: header, configuration, sections and commands, devices, in that order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Final, Protocol
+
+from mig.errors import IdleTimeoutError, MismatchError, UnsupportedError
+from mig.ram.load import PageSink, RamLoader
+from mig.records import Command, Configuration, FileHeader, SectionHeader
+from mig.savevm.devices import DeviceState, DeviceTail
+from mig.stats import RamCounters
+from mig.stream.reader import StreamReader
+from mig.wire import (
+    DEFAULT_PAGE_BITS,
+    RAM_IDSTR,
+    RAM_VERSION,
+    CommandType,
+    SectionType,
+)
+
+#: A source with a return path holds the connection when it has said all. A stream without a
+#: description is taken as ended when nothing follows a proper end for so long (seconds).
+END_SILENCE: Final = 2.0
+
+_COMMAND_CAPABILITY: Final = {
+    CommandType.POSTCOPY_ADVISE: "postcopy-ram",
+    CommandType.POSTCOPY_LISTEN: "postcopy-ram",
+    CommandType.POSTCOPY_RUN: "postcopy-ram",
+    CommandType.POSTCOPY_RAM_DISCARD: "postcopy-ram",
+    CommandType.PACKAGED: "postcopy-ram",
+    CommandType.POSTCOPY_RESUME: "postcopy-ram",
+    CommandType.RECV_BITMAP: "postcopy-ram",
+    CommandType.ENABLE_COLO: "x-colo",
+}
+_SECTION_CAPABILITY: Final = {"dirty-bitmap": "dirty-bitmaps", "block": "block"}
+
+
+class LoadTarget(PageSink, Protocol):
+    """What a stream is loaded into."""
+
+    def configure(self, configuration: Configuration | None) -> None:
+        """Take the configuration, None when the stream has none; MismatchError to refuse."""
+
+    def ram_started(self, section_id: int, footers: bool) -> None:
+        """SECTION_START of `ram` has ended: its id, and whether sections have footers."""
+
+    def switchover_started(self) -> None:
+        """The source has sent SWITCHOVER_START: its guest stands still."""
+
+    def load_devices(self, state: DeviceState) -> None:
+        """Take the device state; MismatchError to refuse."""
+
+
+class StreamLoader:
+    """Reads one main stream into a target.
+
+    on_command: told of every OPEN_RETURN_PATH and PING
+    page_size:  target page size where the stream does not name it
+
+    Matches qemu_loadvm_state(); unlike QEMU it takes the device state as a whole.
+    """
+
+    def __init__(
+        self,
+        reader: StreamReader,
+        target: LoadTarget,
+        *,
+        on_command: Callable[[Command], None],
+        counters: RamCounters | None = None,
+        page_size: int = 1 << DEFAULT_PAGE_BITS,
+    ) -> None:
+        self._reader = reader
+        self._target = target
+        self._on_command = on_command
+        self._page_size = page_size
+        self._counters = counters or RamCounters()
+        self._ram: RamLoader | None = None
+        self._ram_id = -1
+        self._ram_ended = False
+        # whether sections end with footers, None until the first one has ended
+        self._footers: bool | None = None
+
+    def run(self) -> None:
+        """Read the whole stream; raises StreamError, ChannelError or CancelledError."""
+        self._load_start()
+        while not self._ram_ended:
+            self._load_item()
+        self._load_devices()
+
+    # ---- start ------------------------------------------------------------------------------
+
+    def _load_start(self) -> None:
+        reader = self._reader
+        FileHeader.read(reader)
+        configuration = None
+        if reader.peek() == SectionType.CONFIGURATION:
+            at = reader.offset
+            reader.u8("the configuration section")
+            configuration = Configuration.read(reader)
+            self._page_size = configuration.page_size if configuration.page_bits else self._page_size
+            for name in configuration.capabilities or ():
+                raise UnsupportedError(
+                    f"the stream needs {name}", capability=name, offset=at, section="configuration"
+                )
+        self._target.configure(configuration)
+
+    # ---- sections and commands up to the end of RAM -----------------------------------------
+
+    def _load_item(self) -> None:
+        reader = self._reader
+        reader.section = None
+        at = reader.offset
+        kind = reader.u8("the stream, before the end of RAM")
+        if kind == SectionType.START:
+            self._start_section(at)
+        elif kind in (SectionType.PART, SectionType.END):
+            self._continue_section(at, SectionType(kind))
+        elif kind == SectionType.COMMAND:
+            self._command(at)
+        elif kind == SectionType.FULL:
+            header = SectionHeader.read(reader)
+            raise UnsupportedError(
+                f"device '{header.idstr}' was saved before RAM: its length is not known",
+                offset=at,
+                section=header.idstr,
+            )
+        elif kind == SectionType.EOF:
+            raise reader.error("stream ends before the end of RAM", offset=at)
+        else:
+            raise reader.error(f"unknown section type {kind:#04x}", offset=at)
+
+    def _start_section(self, at: int) -> None:
+        reader = self._reader
+        header = SectionHeader.read(reader)
+        if header.idstr != RAM_IDSTR:
+            raise UnsupportedError(
+                f"section '{header.idstr}' is not known",
+                capability=_SECTION_CAPABILITY.get(header.idstr),
+                offset=at,
+                section=header.idstr,
+            )
+        if self._ram is not None:
+            raise reader.error("RAM is started twice", offset=at)
+        if header.version_id != RAM_VERSION:
+            raise reader.error(f"RAM of version {header.version_id}", offset=at)
+        self._ram = RamLoader(reader, self._target, self._page_size, self._counters)
+        self._ram_id = header.section_id
+        self._ram.load_payload()
+        self._footer()
+        self._target.ram_started(header.section_id, bool(self._footers))
+
+    def _continue_section(self, at: int, kind: SectionType) -> None:
+        section_id = self._reader.u32("a section header")
+        if self._ram is None or section_id != self._ram_id:
+            raise self._reader.error(f"section {section_id} was never started", offset=at)
+        self._reader.section = RAM_IDSTR
+        self._ram.load_payload()
+        self._footer()
+        self._ram_ended = kind == SectionType.END
+
+    def _footer(self) -> None:
+        reader = self._reader
+        at = reader.offset
+        found = reader.peek() == SectionType.FOOTER
+        if self._footers is None:
+            self._footers = found
+        if found != self._footers:
+            raise reader.error(f"footer of section {self._ram_id} is missing", offset=at)
+        if found:
+            reader.u8("a footer")
+            section_id = reader.u32("a footer")
+            if section_id != self._ram_id:
+                raise reader.error(
+                    f"footer of section {section_id} where {self._ram_id} ends", offset=at
+                )
+
+    def _command(self, at: int) -> None:
+        command = Command.read(self._reader)
+        if command.type == CommandType.SWITCHOVER_START:
+            self._target.switchover_started()
+        elif command.type in _COMMAND_CAPABILITY:
+            raise UnsupportedError(
+                f"command {command.type.name} is not supported",
+                capability=_COMMAND_CAPABILITY[command.type],
+                offset=at,
+            )
+        else:
+            self._on_command(command)
+
+    # ---- devices ----------------------------------------------------------------------------
+
+    def _load_devices(self) -> None:
+        reader = self._reader
+        reader.section = None
+        at = reader.offset
+        tail = DeviceTail(at, footers=bool(self._footers))
+        state = tail.feed(reader.take())
+        while state is None:
+            if self._more(tail):
+                state = tail.feed(reader.take())
+            else:
+                state = tail.finish()
+        try:
+            self._target.load_devices(state)
+        except MismatchError as error:
+            raise MismatchError(error.message, offset=at, section=error.section) from error
+
+    def _more(self, tail: DeviceTail) -> bool:
+        """Wait for more device state; False at the end of the stream."""
+        source = self._reader.source
+        if source is None or not tail.ends_here():
+            return self._reader.fill(1)
+        patience, source.timeout = source.timeout, END_SILENCE
+        try:
+            return self._reader.fill(1)
+        except IdleTimeoutError:
+            return False
+        finally:
+            source.timeout = patience
+

@@ -1,0 +1,1 @@
+"""Byte streams, in and out, without I/O of their own."""
