@@ -17,16 +17,15 @@ from setuptools.command.build_ext import build_ext
 
 ON_X86_64_LINUX = platform.system() == "Linux" and platform.machine() == "x86_64"
 GUEST_SOURCE = "csrc/guest/init.c"
-GUEST_FLAGS = (
-    "-Os -static -nostdlib -ffreestanding -fno-stack-protector -fno-pie -Wall -Wextra"
-).split()
+GUEST_FLAGS = ["-Os", "-static", "-nostdlib", "-ffreestanding", "-fno-stack-protector", "-fno-pie"]
 
-compile_args = ["-std=gnu11", "-D_GNU_SOURCE", "-O3", "-fvisibility=hidden", "-Wall", "-Wextra"]
+warnings = ["-Wall", "-Wextra"]
+if os.environ.get("MIG_WERROR"):
+    warnings.append("-Werror")
+compile_args = ["-std=gnu11", "-D_GNU_SOURCE", "-O3", "-fvisibility=hidden", *warnings]
 link_args: list[str] = []
 # Cython's own output is not ours to mend
 cython_args = ["-Wno-unused-parameter", "-Wno-missing-field-initializers", "-Wno-sign-compare"]
-if os.environ.get("MIG_WERROR"):
-    compile_args.append("-Werror")
 if os.environ.get("MIG_SANITIZE"):
     sanitize = ["-fsanitize=address,undefined", "-fno-omit-frame-pointer", "-g"]
     compile_args += sanitize
@@ -46,7 +45,8 @@ class BuildExt(build_ext):
         base.mkdir(parents=True, exist_ok=True)
         compiler = shlex.split(os.environ.get("CC", "cc"))
         subprocess.run(
-            [*compiler, *GUEST_FLAGS, GUEST_SOURCE, "-o", str(base / "guest-init")], check=True
+            [*compiler, *GUEST_FLAGS, *warnings, GUEST_SOURCE, "-o", str(base / "guest-init")],
+            check=True,
         )
 
     def get_outputs(self) -> list[str]:

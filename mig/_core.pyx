@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 # cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True
-# cython: embedsignature=False, freethreading_compatible=True
+# cython: embedsignature=False, freethreading_compatible=True, auto_pickle=False
+# cython: autotestdict=False
 """The only Cython boundary: pin the buffers, check the arguments, make one C call without the
 GIL, turn its return code into an exception in one place.
 
@@ -11,6 +12,7 @@ The module has no mutable state. An object is used by one thread at a time, exce
 import errno as _errno
 import os as _os
 
+cimport cython
 from cpython.buffer cimport (
     PyBUF_CONTIG, PyBUF_CONTIG_RO, PyBUF_FORMAT, PyBUF_ND, PyBUF_STRIDES, PyBuffer_Release,
     PyObject_GetBuffer,
@@ -52,6 +54,7 @@ cdef int64_t check(int64_t rc) except -1:
 
 # ---- kernels ---------------------------------------------------------------------------------
 
+@cython.final
 cdef class Kernels:
     """The C kernels of one instruction set; all families give the same bits."""
     cdef const mig_kernels *k
@@ -118,6 +121,7 @@ KERNELS = kernels(_os.environ.get("MIG_KERNEL") or None)
 cdef const char *WORD_FORMAT = b"Q"
 
 
+@cython.final
 cdef class Bitmap:
     """``nbits`` bits over 64-bit words, bit i in word i // 64; exports its words ('Q')."""
     cdef uint64_t *words
@@ -222,6 +226,7 @@ cdef class Bitmap:
 
 # ---- pages -----------------------------------------------------------------------------------
 
+@cython.final
 cdef class Pages:
     """The pages of one RAM block in a pinned buffer.
 
@@ -302,6 +307,7 @@ cdef class Pages:
 
 # ---- outgoing bytes --------------------------------------------------------------------------
 
+@cython.final
 cdef class OutQueue:
     """Bytes on their way out, in wire order: headers by copy, pages by reference."""
     cdef mig_out c
@@ -407,6 +413,7 @@ RAM_FLAGS = {
 }
 
 
+@cython.final
 cdef class RamParser:
     """Parses bursts of PAGE and ZERO records.
 
@@ -531,6 +538,7 @@ cdef class RamParser:
                                  "QEMU 2.0 send these")
 
 
+@cython.final
 cdef class PageLog:
     """The pages of a stream file while it is written: each page has one record, rewritten in
     place (csrc/pagelog.c). Shares the block table of ``parser``."""
@@ -604,6 +612,7 @@ cdef class PageLog:
 
 # ---- descriptors -----------------------------------------------------------------------------
 
+@cython.final
 cdef class Descriptor:
     """Reads and writes one file descriptor; every wait ends by ``cancel_fd`` or the idle limit.
 

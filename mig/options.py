@@ -46,6 +46,13 @@ INCOMING_CAPABILITIES = frozenset(
 REQUIRES = ((Capability.SWITCHOVER_ACK, Capability.RETURN_PATH),)
 
 
+def _number(raw: object, *, whole: bool) -> float:
+    """The value of a parameter, which a command line gives as text."""
+    if isinstance(raw, bool) or not isinstance(raw, (int, float, str)):
+        raise TypeError(raw)
+    return int(raw) if whole else float(raw)
+
+
 def _parameter(name: str, unit: str, low: float, high: float, doc: str) -> dict[str, Any]:
     return {"name": name, "unit": unit, "low": low, "high": high, "doc": doc}
 
@@ -81,16 +88,16 @@ class Parameters:
     def from_qmp(cls, values: Mapping[str, object]) -> Parameters:
         """Return parameters from QMP names; OptionError lists every violation."""
         known = {f.metadata["name"]: f for f in fields(cls)}
-        violations, chosen = [], {}
+        violations: list[str] = []
+        chosen: dict[str, Any] = {}
         for name, raw in values.items():
             if name not in known:
                 names = ", ".join(known)
                 violations.append(f"there is no parameter '{name}' (there are {names})")
                 continue
             spec = known[name]
-            kind = type(spec.default)
             try:
-                value = kind(raw)
+                value = _number(raw, whole=isinstance(spec.default, int))
             except (TypeError, ValueError):
                 violations.append(f"parameter '{name}' expects a number, not {raw!r}")
                 continue

@@ -13,7 +13,6 @@ from typing import Self
 from mig._core import Descriptor, OutQueue
 from mig.errors import CancelledError, ChannelError
 
-
 #: how long a peer that is to be told of a failure may keep us waiting (seconds)
 LAST_WORDS = 1.0
 

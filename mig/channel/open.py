@@ -8,11 +8,15 @@ import os
 import select
 import socket
 import subprocess
-from typing import Self
+from pathlib import Path
+from typing import Any, Self
 
 from mig.channel.base import Channel, grow_pipe
 from mig.channel.uri import ExecUri, FdUri, FileUri, TcpUri, UnixUri, Uri, parse_uri
 from mig.errors import CancelledError, ChannelError, IdleTimeoutError
+
+#: what the socket module takes as an address: its shape depends on the family
+Address = tuple[Any, ...] | str
 
 #: asked for on unix sockets, whose default of 208 KiB makes both sides wait often
 _UNIX_BUFFER = 4 << 20
@@ -34,12 +38,10 @@ def _channel(sock: socket.socket, uri: Uri, timeout: float | None) -> Channel:
     return Channel(sock.detach(), str(uri), timeout=timeout)
 
 
-def _addresses(uri: TcpUri, *, passive: bool) -> list[tuple[int, tuple[object, ...]]]:
+def _addresses(uri: TcpUri, *, passive: bool) -> list[tuple[int, tuple[Any, ...]]]:
     flags = socket.AI_PASSIVE if passive else 0
     try:
-        found = socket.getaddrinfo(
-            uri.host or None, uri.port, type=socket.SOCK_STREAM, flags=flags
-        )
+        found = socket.getaddrinfo(uri.host or None, uri.port, type=socket.SOCK_STREAM, flags=flags)
     except socket.gaierror as error:
         raise ChannelError(f"{uri}: {error.strerror}") from error
     return [(family, address) for family, _, _, _, address in found]
@@ -111,7 +113,7 @@ class Cancel:
 
 
 def _connect_socket(
-    family: int, address: object, cancel: Cancel, timeout: float | None
+    family: int, address: Address, cancel: Cancel, timeout: float | None
 ) -> socket.socket:
     sock = socket.socket(family, socket.SOCK_STREAM)
     try:
@@ -225,7 +227,7 @@ class Listener:
             # a socket left over from an earlier listener would make bind fail
             with contextlib.suppress(FileNotFoundError):
                 if _is_stale(path):
-                    os.unlink(path)
+                    Path(path).unlink()
             sock.bind(path)
             self._path = path
             sock.listen(16)
@@ -278,7 +280,7 @@ class Listener:
         self._sockets.clear()
         if self._path is not None:
             with contextlib.suppress(FileNotFoundError):
-                os.unlink(self._path)
+                Path(self._path).unlink()
             self._path = None
 
     def __enter__(self) -> Self:

@@ -14,9 +14,7 @@ class Convergence:
     Matches QEMU: stop when the remaining dirty memory can be sent within the downtime limit.
     """
 
-    def __init__(
-        self, downtime_limit: int, clock: Callable[[], float] = time.monotonic
-    ) -> None:
+    def __init__(self, downtime_limit: int, clock: Callable[[], float] = time.monotonic) -> None:
         self._limit = downtime_limit / 1000
         self._clock = clock
         self._began = clock()

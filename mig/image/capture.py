@@ -60,9 +60,7 @@ class StreamCapture:
             with contextlib.suppress(OSError, AttributeError):
                 return os.open(folder, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
             self._partial = self._beside()
-            return os.open(
-                self._partial, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o600
-            )
+            return os.open(self._partial, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o600)
         except OSError as error:
             raise ChannelError(f"{self.path}: {error.strerror}") from error
 

@@ -98,7 +98,8 @@ class StreamLoader:
             at = reader.offset
             reader.u8("the configuration section")
             configuration = Configuration.read(reader)
-            self._page_size = configuration.page_size if configuration.page_bits else self._page_size
+            if configuration.page_bits is not None:
+                self._page_size = configuration.page_size
             for name in configuration.capabilities or ():
                 raise UnsupportedError(
                     f"the stream needs {name}", capability=name, offset=at, section="configuration"
@@ -197,10 +198,7 @@ class StreamLoader:
         tail = DeviceTail(at, footers=bool(self._footers))
         state = tail.feed(reader.take())
         while state is None:
-            if self._more(tail):
-                state = tail.feed(reader.take())
-            else:
-                state = tail.finish()
+            state = tail.feed(reader.take()) if self._more(tail) else tail.finish()
         try:
             self._target.load_devices(state)
         except MismatchError as error:
@@ -218,4 +216,3 @@ class StreamLoader:
             return False
         finally:
             source.timeout = patience
-

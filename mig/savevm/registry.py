@@ -58,9 +58,7 @@ class DeviceRegistry:
             if footers:
                 out.append(encode_footer(section_id))
             described.append(
-                DeviceDescription(
-                    device.idstr, device.instance_id, device.version_id, len(payload)
-                )
+                DeviceDescription(device.idstr, device.instance_id, device.version_id, len(payload))
             )
         out.append(bytes([SectionType.EOF]))
         out.append(encode_description(described, page_size))

@@ -48,7 +48,14 @@ class QemuBinary:
         found = shutil.which(named)
         if found is None:
             raise SelftestError(f"there is no {named}: apt-get install qemu-system-x86")
-        return cls(Path(found), _version(Path(found)))
+        return cls.at(Path(found))
+
+    @classmethod
+    def at(cls, path: Path) -> QemuBinary:
+        """Return the program at `path`."""
+        if not os.access(path, os.X_OK):
+            raise SelftestError(f"{path} is not a program")
+        return cls(path, _version(path))
 
     @classmethod
     def unpacked(cls, root: Path) -> QemuBinary:

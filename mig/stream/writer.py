@@ -59,4 +59,3 @@ class StreamWriter:
         """Send what is queued."""
         if self._out.nbytes:
             self._sent += self._sink.send(self._out)
-

@@ -1,0 +1,202 @@
+"""What the commands share: options, errors, progress, JSON."""
+
+from __future__ import annotations
+
+import functools
+import json
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any, ParamSpec, TypeVar
+
+import click
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TransferSpeedColumn,
+)
+
+from mig.engine.migration import Migration
+from mig.errors import MigError, OptionError
+from mig.options import Capability
+from mig.state import FINAL
+from mig.stats import MigrationInfo
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+json_option = click.option(
+    "--json", "as_json", is_flag=True, help="Print one JSON object as the last line of output."
+)
+capability_option = click.option(
+    "-c",
+    "--capability",
+    "capabilities",
+    multiple=True,
+    metavar="NAME[=on|off]",
+    help="Switch a capability on or off; QMP's names. May repeat.",
+)
+parameter_option = click.option(
+    "-p",
+    "--parameter",
+    "parameters",
+    multiple=True,
+    metavar="NAME=VALUE",
+    help="Set a parameter; QMP's names (max-bandwidth in bytes/s, 0: no limit) and idle-timeout "
+    "in seconds, 0: wait for ever. May repeat.",
+)
+
+
+def parse_capabilities(values: tuple[str, ...]) -> dict[str, bool]:
+    """Return on/off by name; click.UsageError for what is neither."""
+    out = {}
+    for value in values:
+        name, equals, state = value.partition("=")
+        if equals and state not in ("on", "off"):
+            raise click.UsageError(f"capability {value!r}: say {name}=on or {name}=off")
+        if name not in set(Capability):
+            raise click.UsageError(f"there is no capability '{name}'")
+        out[name] = state != "off"
+    return out
+
+
+def parse_parameters(values: tuple[str, ...]) -> dict[str, str]:
+    """Return values by name; click.UsageError for what is no NAME=VALUE."""
+    out = {}
+    for value in values:
+        name, equals, text = value.partition("=")
+        if not equals:
+            raise click.UsageError(f"parameter {value!r}: say NAME=VALUE")
+        out[name] = text
+    return out
+
+
+def reports_errors(function: Callable[P, R]) -> Callable[P, R]:
+    """Make a command end as the design says: one line on standard error, status 1 (usage: 2)."""
+
+    @functools.wraps(function)
+    def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return function(*args, **kwargs)
+        except OptionError as error:
+            raise click.UsageError(str(error)) from error
+        except (MigError, OSError) as error:
+            if kwargs.get("as_json"):
+                print_json({"status": "failed", "error": str(error), "kind": type(error).__name__})
+            click.echo(f"mig: {' '.join(str(error).split())}", err=True)
+            raise SystemExit(1) from error
+
+    return wrapper
+
+
+def print_json(data: dict[str, Any]) -> None:
+    """Print one line of JSON on standard output."""
+    click.echo(json.dumps(data))
+
+
+def say(text: str) -> None:
+    """Tell the person at the terminal something; standard output is kept for results."""
+    click.echo(f"mig: {text}", err=True)
+
+
+@contextmanager
+def cancelled_by_signals(migration: Migration) -> Iterator[None]:
+    """SIGINT and SIGTERM cancel the migration instead of killing the process midway."""
+
+    def cancel(number: int, frame: FrameType | None) -> None:
+        migration.cancel()
+
+    old = {number: signal.signal(number, cancel) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
+
+
+def follow(migration: Migration) -> MigrationInfo:
+    """Wait for the end, with a progress bar on a terminal; raises the migration's error."""
+    with cancelled_by_signals(migration):
+        if sys.stderr.isatty():
+            _show_progress(migration)
+        else:
+            # in slices only so that Python runs the signal handlers
+            while not migration.wait(1.0):
+                pass
+    return migration.query()
+
+
+def _show_progress(migration: Migration) -> None:
+    columns = (
+        TextColumn("{task.description:<9}"),
+        BarColumn(),
+        DownloadColumn(binary_units=True),
+        TransferSpeedColumn(),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task(migration.status, total=None)
+        done = False
+        while not done:
+            done = migration.wait(0.1)
+            info = migration.query()
+            ram = info.ram
+            moved = (ram.normal + ram.duplicate) * ram.page_size
+            # pages that are sent again come on top of the total
+            progress.update(
+                task,
+                description=str(info.status),
+                completed=moved,
+                total=max(ram.total, moved + (ram.remaining or 0)) if ram.total else None,
+            )
+
+
+def info_as_dict(info: MigrationInfo) -> dict[str, Any]:
+    """Return what query-migrate would say, in its units: times in ms, mbps in Mbit/s."""
+
+    def ms(seconds: float | None) -> int | None:
+        return None if seconds is None else round(seconds * 1000)
+
+    ram = info.ram
+    bandwidth = info.throughput if info.status in FINAL else None
+    return {
+        "status": str(info.status),
+        "total-time": ms(info.total_time),
+        "setup-time": ms(info.setup_time),
+        "downtime": ms(info.downtime),
+        "ram": {
+            "transferred": ram.transferred,
+            "remaining": ram.remaining,
+            "total": ram.total,
+            "duplicate": ram.duplicate,
+            "normal": ram.normal,
+            "normal-bytes": ram.normal * ram.page_size,
+            "page-size": ram.page_size,
+            "dirty-sync-count": ram.dirty_sync_count,
+            "mbps": None if bandwidth is None else round(bandwidth * 8 / 1e6, 1),
+        },
+    }
+
+
+def sized(nbytes: float) -> str:
+    """Return a number of bytes for people."""
+    for unit in ("B", "KiB", "MiB"):
+        if nbytes < 1024:
+            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
+        nbytes /= 1024
+    return f"{nbytes:.2f} GiB"
+
+
+def summary(info: MigrationInfo) -> str:
+    """Return one line about a migration that is over."""
+    parts = [f"{sized(info.ram.transferred)} in {info.total_time or 0:.2f} s"]
+    if info.throughput:
+        parts.append(f"{sized(info.throughput)}/s")
+    parts.append(f"{info.ram.normal} pages, {info.ram.duplicate} zero")
+    return ", ".join(parts)

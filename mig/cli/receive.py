@@ -1,0 +1,69 @@
+"""``mig receive``."""
+
+from __future__ import annotations
+
+import click
+
+from mig.cli.common import (
+    capability_option,
+    follow,
+    info_as_dict,
+    json_option,
+    parameter_option,
+    parse_capabilities,
+    parse_parameters,
+    print_json,
+    reports_errors,
+    say,
+    summary,
+)
+from mig.engine import IncomingMigration
+from mig.events import Event, Listening
+from mig.image import StreamCapture
+
+
+@click.command()
+@click.argument("uri")
+@click.argument("file", type=click.Path(dir_okay=False))
+@click.option("--fsync", is_flag=True, help="Have FILE on stable storage before saying so.")
+@capability_option
+@parameter_option
+@json_option
+@reports_errors
+def receive(
+    uri: str,
+    file: str,
+    fsync: bool,
+    capabilities: tuple[str, ...],
+    parameters: tuple[str, ...],
+    as_json: bool,
+) -> None:
+    """Be the destination of a migration; keep the VM in FILE.
+
+    FILE is an ordinary migration stream: `mig send` sends it, and so does QEMU's
+    `-incoming "exec:cat FILE"`. It appears when everything is received, or not at all.
+    """
+    chosen_capabilities = parse_capabilities(capabilities)
+    chosen_parameters = parse_parameters(parameters)
+    capture = StreamCapture(file, fsync=fsync)
+    try:
+        migration = IncomingMigration(
+            capture,
+            capabilities=chosen_capabilities,
+            parameters=chosen_parameters,
+            on_event=_announce,
+        )
+        migration.listen(uri)
+    except BaseException:
+        capture.abort()
+        raise
+    info = follow(migration)
+    if as_json:
+        print_json({**info_as_dict(info), "file": file})
+    else:
+        click.echo(f"{file}: {summary(info)}")
+
+
+def _announce(event: Event) -> None:
+    if isinstance(event, Listening) and event.uri.startswith(("tcp:", "unix:")):
+        say(f"listening on {event.uri}")

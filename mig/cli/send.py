@@ -1,0 +1,69 @@
+"""``mig send``."""
+
+from __future__ import annotations
+
+import os
+import stat
+
+import click
+
+from mig.channel import parse_uri
+from mig.channel.uri import FdUri, TcpUri, UnixUri, Uri
+from mig.cli.common import (
+    capability_option,
+    follow,
+    info_as_dict,
+    json_option,
+    parameter_option,
+    parse_capabilities,
+    parse_parameters,
+    print_json,
+    reports_errors,
+    summary,
+)
+from mig.engine import OutgoingMigration
+from mig.image import open_image
+from mig.options import Capability
+
+
+@click.command()
+@click.argument("file")
+@click.argument("uri")
+@capability_option
+@parameter_option
+@json_option
+@reports_errors
+def send(
+    file: str,
+    uri: str,
+    capabilities: tuple[str, ...],
+    parameters: tuple[str, ...],
+    as_json: bool,
+) -> None:
+    """Be the source of a migration; send the VM in FILE.
+
+    FILE was written by `mig receive` or by QEMU itself (migrate to exec: or file:); it may be
+    given as file:PATH,offset=N.
+
+    Capability return-path is on where the connection allows it: then success means that the
+    destination has loaded everything. Parameter max-bandwidth is 0 (no limit) unless given: no
+    guest runs here that would have to be spared.
+    """
+    wanted = parse_capabilities(capabilities)
+    values = {"max-bandwidth": "0", **parse_parameters(parameters)}
+    if Capability.RETURN_PATH not in wanted:
+        wanted[Capability.RETURN_PATH] = _can_answer(parse_uri(uri))
+    with open_image(file) as image:
+        migration = OutgoingMigration(image, capabilities=wanted, parameters=values)
+        migration.start(uri)
+        info = follow(migration)
+    if as_json:
+        print_json({**info_as_dict(info), "uri": uri})
+    else:
+        click.echo(f"{uri}: {summary(info)}")
+
+
+def _can_answer(uri: Uri) -> bool:
+    if isinstance(uri, FdUri):
+        return stat.S_ISSOCK(os.fstat(uri.fd).st_mode)
+    return isinstance(uri, TcpUri | UnixUri)
