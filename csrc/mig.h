@@ -163,13 +163,16 @@ struct mig_ram_parser {
     uint64_t word;
 };
 
-/* Parses one burst of PAGE and ZERO records, all of one block (`current`). */
+/* Parses one burst of PAGE and ZERO records, all of one block (`current`). After an error
+ * `current` is the block of the record that is wrong, -1 when it has none. */
 int mig_ram_parse(struct mig_ram_parser *p, const uint8_t *buf, size_t len);
 
-/* Puts n parsed pages where they belong. A page all of zeros is not written when its bit in
- * `received` is clear and `fresh` says that such memory reads as zeros. Sets the bits. */
-void mig_ram_place(const struct mig_pages *pages, uint64_t *received, bool fresh,
-                     const uint8_t *buf, const uint64_t *index, const int64_t *src, size_t n);
+/* Puts n parsed pages where they belong and sets their bits in `received`. Zeros are not written
+ * to a page that is zero already: that would only allocate it. `fresh` says that memory whose bit
+ * is clear reads as zeros; then it is not even looked at. */
+void mig_ram_place(const struct mig_kernels *k, const struct mig_pages *pages, uint64_t *received,
+                   bool fresh, const uint8_t *buf, const uint64_t *index, const int64_t *src,
+                   size_t n);
 
 /* Notes where each parsed page's bytes are in a file: start + src, or MIG_PAGE_ZERO.
  * Returns the number of records with a fill byte other than 0, which have no place in a file. */

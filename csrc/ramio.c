@@ -94,10 +94,18 @@ size_t mig_ram_encode(struct mig_out *out, const struct mig_pages *pages, const 
 
 /* ---- in ------------------------------------------------------------------------------------ */
 
+static bool is_named(const struct mig_ram_block *block, const uint8_t *name, size_t len)
+{
+    return block->name_len == len && memcmp(block->name, name, len) == 0;
+}
+
 static int64_t find_block(const struct mig_ram_parser *p, const uint8_t *name, size_t len)
 {
+    if (p->current >= 0 && is_named(&p->blocks[p->current], name, len)) {
+        return p->current;
+    }
     for (size_t i = 0; i < p->nblocks; i++) {
-        if (p->blocks[i].name_len == len && memcmp(p->blocks[i].name, name, len) == 0) {
+        if (is_named(&p->blocks[i], name, len)) {
             return (int64_t)i;
         }
     }
@@ -147,6 +155,7 @@ int mig_ram_parse(struct mig_ram_parser *p, const uint8_t *buf, size_t len)
             }
             block = find_block(p, rec + MIG_RAM_WORD + 1, rec[MIG_RAM_WORD]);
             if (block < 0) {
+                p->current = -1;
                 return (int)block;
             }
             if (p->npages && block != p->current) {
@@ -157,6 +166,7 @@ int mig_ram_parse(struct mig_ram_parser *p, const uint8_t *buf, size_t len)
         }
         page = (word & ~mask) / p->page_size;
         if (page >= p->blocks[block].npages) {
+            p->current = block;
             return MIG_E_RAM_BAD_OFFSET;
         }
         if (left < head + body) {
@@ -172,17 +182,26 @@ int mig_ram_parse(struct mig_ram_parser *p, const uint8_t *buf, size_t len)
     }
 }
 
-void mig_ram_place(const struct mig_pages *pages, uint64_t *received, bool fresh,
-                   const uint8_t *buf, const uint64_t *index, const int64_t *src, size_t n)
+/* Whether the page holds the fill byte already. */
+static bool is_filled(const struct mig_kernels *k, const uint8_t *page, size_t page_size, int fill)
+{
+    return fill == 0 && k->is_zero(page, page_size);
+}
+
+void mig_ram_place(const struct mig_kernels *k, const struct mig_pages *pages, uint64_t *received,
+                   bool fresh, const uint8_t *buf, const uint64_t *index, const int64_t *src,
+                   size_t n)
 {
     for (size_t i = 0; i < n; i++) {
         uint8_t *page = pages->base + index[i] * pages->page_size;
+        int fill = (int)(-1 - src[i]);
 
         if (src[i] >= 0) {
             memcpy(page, buf + src[i], pages->page_size);
-        } else if (src[i] != -1 || !fresh || mig_bitmap_test(received, index[i])) {
-            /* zeros into memory that was never touched would only allocate it */
-            memset(page, (int)(-1 - src[i]), pages->page_size);
+        } else if (fill != 0 || !fresh || mig_bitmap_test(received, index[i])) {
+            if (!is_filled(k, page, pages->page_size, fill)) {
+                memset(page, fill, pages->page_size);
+            }
         }
         mig_bitmap_put(received, index[i]);
     }

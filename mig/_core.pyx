@@ -261,10 +261,18 @@ cdef class Pages:
         PyBuffer_Release(&self.places)
         PyBuffer_Release(&self.data)
 
+    def pin(self):
+        """Somebody is going to need the pages until unpin()."""
+        self.pins += 1
+
+    def unpin(self):
+        """Undo pin()."""
+        self.pins -= 1
+
     def release(self):
-        """Let go of the buffer; BufferError while a C call or a queue still needs it."""
+        """Let go of the buffer; BufferError while it is pinned or pages of it are queued."""
         if self.pins:
-            raise BufferError("pages are on their way out")
+            raise BufferError("the pages are in use by a migration")
         self.c.npages = 0
         self.c.base = NULL
         self.c.where = NULL
@@ -508,6 +516,7 @@ cdef class RamParser:
               bint fresh):
         """Copies the last burst's pages into memory and sets their bits in ``received``."""
         cdef Py_buffer view
+        cdef const mig_kernels *k = (<Kernels>KERNELS).k
         if self.c.npages == 0:
             return
         if (not pages.writable or pages.c.where != NULL
@@ -520,7 +529,7 @@ cdef class RamParser:
             self.check_last(&view, start)
             pages.pins += 1
             with nogil:
-                mig_ram_place(&pages.c, received.words, fresh,
+                mig_ram_place(k, &pages.c, received.words, fresh,
                               <const uint8_t *>view.buf + start, self.c.page, self.c.src,
                               self.c.npages)
             pages.pins -= 1

@@ -103,8 +103,9 @@ cdef extern from "mig.h" nogil:
         uint64_t word
 
     int mig_ram_parse(mig_ram_parser *p, const uint8_t *buf, size_t n)
-    void mig_ram_place(const mig_pages *pages, uint64_t *received, bint fresh,
-                       const uint8_t *buf, const uint64_t *index, const int64_t *src, size_t n)
+    void mig_ram_place(const mig_kernels *k, const mig_pages *pages, uint64_t *received,
+                       bint fresh, const uint8_t *buf, const uint64_t *index,
+                       const int64_t *src, size_t n)
     size_t mig_ram_index(int64_t *where, int64_t start, const uint64_t *index,
                          const int64_t *src, size_t n)
 

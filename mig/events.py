@@ -1,4 +1,8 @@
-"""Events that a migration reports to its ``on_event`` callback, from its own thread."""
+"""Events that a migration reports to its ``on_event`` callback.
+
+The migration's own thread reports them, but for the status ``cancelling``: that is reported by
+the thread that called cancel().
+"""
 
 from __future__ import annotations
 

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from mig import _core
 from mig.pages import check_page_size
 from mig.wire import DEFAULT_PAGE_BITS
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
 
 # MAP_NORESERVE: a guest may be larger than the memory that is free, as long as it is mostly
 # zeros. The mmap module names the flag from Python 3.13 on; this is its value on Linux.
@@ -17,37 +21,49 @@ _MAP_NORESERVE: int = getattr(mmap, "MAP_NORESERVE", 0x4000)
 class RamBlock:
     """One block of guest memory.
 
-    idstr:       name of the block on the wire
+    idstr:       name of the block on the wire: printable ASCII, 255 characters at most
     used_length: bytes, a multiple of the page size
-    fresh:       whether memory that was never received is known to read as zeros
-    pages:       the pinned memory, for the kernels
+    buffer:      the caller's memory; None maps new memory, all zeros
+    pages:       the memory as the kernels see it
     """
 
     def __init__(
-        self, idstr: str, used_length: int, page_size: int, buffer: memoryview | None = None
+        self, idstr: str, used_length: int, page_size: int, buffer: Buffer | None = None
     ) -> None:
+        if not 0 < len(idstr) <= 255 or not (idstr.isascii() and idstr.isprintable()):
+            raise ValueError(f"{idstr!r} cannot be the name of a block")
         if used_length <= 0 or used_length % page_size:
             raise ValueError(f"block '{idstr}' of {used_length} bytes, pages of {page_size}")
         self.idstr = idstr
         self.used_length = used_length
-        self.fresh = buffer is None
+        self._fresh = buffer is None
         self._mapping: mmap.mmap | None = None
         if buffer is None:
             flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
-            self._mapping = mmap.mmap(-1, used_length, flags=flags)
-            buffer = memoryview(self._mapping)
-        elif buffer.nbytes != used_length:
-            raise ValueError(f"block '{idstr}': {buffer.nbytes} bytes, not {used_length}")
-        self.view = buffer
-        self.pages = _core.Pages(buffer, page_size, writable=True)
+            buffer = self._mapping = mmap.mmap(-1, used_length, flags=flags)
+        self._view = memoryview(buffer)
+        if self._view.nbytes != used_length:
+            raise ValueError(f"block '{idstr}': {self._view.nbytes} bytes, not {used_length}")
+        self.pages = _core.Pages(self._view, page_size, writable=True)
+
+    @property
+    def view(self) -> memoryview:
+        """The memory. Who has asked for it may write it: from then on it is not `take_fresh`."""
+        self._fresh = False
+        return self._view
+
+    def take_fresh(self) -> bool:
+        """Whether the memory was never handed out, so that it still reads as zeros; once."""
+        fresh, self._fresh = self._fresh, False
+        return fresh
 
     def close(self) -> None:
-        """Release the memory; BufferError while somebody still uses it."""
+        """Release the memory; BufferError while a migration or a view still uses it."""
         self.pages.release()
         try:
-            self.view.release()
+            self._view.release()
         except BufferError:
-            self.pages = _core.Pages(self.view, self.pages.page_size, writable=True)
+            self.pages = _core.Pages(self._view, self.pages.page_size, writable=True)
             raise
         if self._mapping is not None:
             self._mapping.close()
@@ -63,7 +79,7 @@ class GuestMemory:
         self.page_size = check_page_size(page_size)
         self._blocks: dict[str, RamBlock] = {}
 
-    def add(self, idstr: str, nbytes: int, buffer: memoryview | None = None) -> RamBlock:
+    def add(self, idstr: str, nbytes: int, buffer: Buffer | None = None) -> RamBlock:
         """Add a block of ``nbytes`` bytes: a new mapping of zeros, or the caller's ``buffer``."""
         if idstr in self._blocks:
             raise ValueError(f"block '{idstr}' is there already")

@@ -37,10 +37,8 @@ class Capability(StrEnum):
 
 
 #: what the engine can do; switching on any other is an OptionError
-OUTGOING_CAPABILITIES = frozenset({Capability.RETURN_PATH, Capability.EVENTS})
-INCOMING_CAPABILITIES = frozenset(
-    {Capability.RETURN_PATH, Capability.EVENTS, Capability.SWITCHOVER_ACK}
-)
+OUTGOING_CAPABILITIES = frozenset({Capability.RETURN_PATH})
+INCOMING_CAPABILITIES = frozenset({Capability.RETURN_PATH, Capability.SWITCHOVER_ACK})
 
 #: (capability, capability it needs)
 REQUIRES = ((Capability.SWITCHOVER_ACK, Capability.RETURN_PATH),)

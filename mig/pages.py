@@ -7,6 +7,8 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from mig.wire import MAX_PAGE_BITS, MIN_PAGE_BITS
+
 #: indexes of pages in their block
 PageIndex: TypeAlias = NDArray[np.uint64]
 #: places of pages in a file, one per page: byte offset, PAGE_ZERO or PAGE_NONE
@@ -14,17 +16,8 @@ PagePlaces: TypeAlias = NDArray[np.int64]
 
 
 def check_page_size(page_size: int) -> int:
-    """Return ``page_size`` (bytes); ValueError unless it is a power of two of at least 64."""
-    if page_size < 64 or page_size & (page_size - 1):
-        raise ValueError(f"page size {page_size} is not a power of two of at least 64")
+    """Return ``page_size`` (bytes); ValueError unless a target can have it."""
+    low, high = 1 << MIN_PAGE_BITS, 1 << MAX_PAGE_BITS
+    if not low <= page_size <= high or page_size & (page_size - 1):
+        raise ValueError(f"page size {page_size} is not a power of two from {low} to {high}")
     return page_size
-
-
-def pages_of(nbytes: int, page_size: int) -> int:
-    """Return the number of pages that hold ``nbytes`` bytes, the last one perhaps in part."""
-    return -(-nbytes // page_size)
-
-
-def is_aligned(nbytes: int, page_size: int) -> bool:
-    """Whether ``nbytes`` is a whole number of pages."""
-    return nbytes % page_size == 0

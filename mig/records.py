@@ -48,7 +48,7 @@ class FileHeader:
         version = reader.u32("the file header")
         if version == wire.FILE_VERSION_COMPAT:
             raise StreamError(
-                "stream of version 2, which QEMU stopped writing before 0.11", offset=at + 4
+                "stream of version 2, which QEMU has long stopped writing", offset=at + 4
             )
         if version != wire.FILE_VERSION:
             raise StreamError(f"unknown stream version {version}", offset=at + 4)
@@ -78,6 +78,8 @@ class Configuration:
     def encode(self) -> bytes:
         """Return type byte, length, name and subsections, in QEMU's order."""
         name = self.machine.encode("ascii")
+        if not 0 < len(name) <= wire.MAX_MACHINE_NAME or not self.machine.isprintable():
+            raise ValueError(f"{self.machine!r} cannot be the name of a machine type")
         out = [struct.pack(">BI", SectionType.CONFIGURATION, len(name)), name]
         if self.page_bits is not None:
             body = struct.pack(">I", self.page_bits)

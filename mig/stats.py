@@ -52,7 +52,7 @@ class RamStats:
 class MigrationInfo:
     """What query() returns; times in seconds, None until they are known.
 
-    setup_time: from the start to the first pass (outgoing), to the connection (incoming)
+    setup_time: from the start to the connection
     downtime:   how long the guest stood still at the source
     """
 

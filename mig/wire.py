@@ -13,7 +13,7 @@ from typing import Final
 FILE_MAGIC: Final = 0x5145564D
 #: the version that follows it (QEMU_VM_FILE_VERSION)
 FILE_VERSION: Final = 3
-#: obsolete since QEMU 0.10 (QEMU_VM_FILE_VERSION_COMPAT)
+#: obsolete (QEMU_VM_FILE_VERSION_COMPAT)
 FILE_VERSION_COMPAT: Final = 2
 #: first four bytes of a multifd channel (MULTIFD_MAGIC)
 MULTIFD_MAGIC: Final = 0x11223344
@@ -129,8 +129,8 @@ SUBSECTION_VERSION: Final = 1
 MAX_MACHINE_NAME: Final = 255
 #: most capabilities in the configuration section
 MAX_CAPABILITIES: Final = 256
-#: most RAM blocks in a block list
-MAX_RAM_BLOCKS: Final = 65536
+#: most RAM blocks in a block list (a record that names its block searches them)
+MAX_RAM_BLOCKS: Final = 4096
 #: most bytes of RAM in a block list
 MAX_RAM_BYTES: Final = 1 << 44
 #: longest VMDESCRIPTION

@@ -2,6 +2,6 @@
 
 from mig.channel.base import Channel
 from mig.channel.open import Listener, connect
-from mig.channel.uri import parse_uri
+from mig.channel.uri import carries_return_path, parse_uri
 
-__all__ = ["Channel", "Listener", "connect", "parse_uri"]
+__all__ = ["Channel", "Listener", "carries_return_path", "connect", "parse_uri"]

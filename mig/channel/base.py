@@ -5,13 +5,15 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import select
+import signal
 import socket
 import stat
 import subprocess
 from typing import Self
 
 from mig._core import Descriptor, OutQueue
-from mig.errors import CancelledError, ChannelError
+from mig.errors import CancelledError, ChannelError, IdleTimeoutError
 
 #: how long a peer that is to be told of a failure may keep us waiting (seconds)
 LAST_WORDS = 1.0
@@ -26,7 +28,7 @@ class Channel:
 
     fd:            owned by the channel from now on
     bidirectional: whether the same connection can carry a return path
-    process:       the command at the other end of a pipe
+    process:       the command at the other end of a pipe, leader of a process group
 
     One thread may read while another writes; `cancel` may be called by any thread and ends every
     wait with CancelledError.
@@ -101,16 +103,32 @@ class Channel:
     def finish(self) -> None:
         """Nothing more will be written: tell the reader, and wait for a command to end.
 
-        ChannelError when the command failed.
+        ChannelError when the command failed, IdleTimeoutError when it does not end.
         """
         if self.bidirectional:
             with contextlib.suppress(OSError), socket.socket(fileno=os.dup(self._fd)) as sock:
                 sock.shutdown(socket.SHUT_WR)
         elif self._process is not None:
             self._close_fd()
+            self._wait_for_exit(self._process.pid)
             code = self._process.wait()
             if code:
                 raise ChannelError(f"command ended with status {code}: {self.name}")
+
+    def _wait_for_exit(self, pid: int) -> None:
+        """Wait for the command, which may take its time with what it was given."""
+        pidfd = os.pidfd_open(pid)
+        try:
+            poll = select.poll()
+            poll.register(pidfd, select.POLLIN)
+            poll.register(self._cancel_fd, select.POLLIN)
+            limit = self._out.timeout
+            ready = [fd for fd, _ in poll.poll(None if limit is None else limit * 1000)]
+        finally:
+            os.close(pidfd)
+        self._check_cancelled()
+        if not ready:
+            raise IdleTimeoutError(f"command does not end: {self.name}")
 
     def _close_fd(self) -> None:
         if self._fd >= 0:
@@ -125,7 +143,8 @@ class Channel:
         self._close_fd()
         if self._process is not None:
             if self._process.poll() is None:
-                self._process.kill()
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
         if self._cancel_fd >= 0:
             os.close(self._cancel_fd)

@@ -54,6 +54,8 @@ def _shell(command: str, uri: Uri, *, reading: bool, timeout: float | None) -> C
             ["/bin/sh", "-c", command],
             stdin=None if reading else pipe,
             stdout=pipe if reading else None,
+            # so that what the shell starts can be ended with it
+            process_group=0,
         )
     except OSError as error:
         raise _fail(uri, error) from error
@@ -254,9 +256,17 @@ class Listener:
                 if sock.fileno() in ready:
                     # who knocked may have gone again
                     with contextlib.suppress(BlockingIOError, ConnectionAbortedError):
-                        connection, _ = sock.accept()
-                        connection.setblocking(True)
-                        return _channel(connection, self._uri, timeout)
+                        return self._accept_from(sock, timeout)
+
+    def _accept_from(self, sock: socket.socket, timeout: float | None) -> Channel:
+        try:
+            connection, _ = sock.accept()
+        except (BlockingIOError, ConnectionAbortedError):
+            raise
+        except OSError as error:
+            raise _fail(self._uri, error) from error
+        connection.setblocking(True)
+        return _channel(connection, self._uri, timeout)
 
     def _open_single(self, uri: Uri, timeout: float | None) -> Channel:
         match uri:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import stat
 from dataclasses import dataclass
 
 from mig.errors import UriError
@@ -63,6 +65,16 @@ class FileUri:
 
 
 Uri = TcpUri | UnixUri | FdUri | ExecUri | FileUri
+
+
+def carries_return_path(uri: Uri) -> bool:
+    """Whether bytes can flow back over the same connection."""
+    if isinstance(uri, FdUri):
+        try:
+            return stat.S_ISSOCK(os.fstat(uri.fd).st_mode)
+        except OSError as error:
+            raise UriError(f"{uri}: {error.strerror}") from error
+    return isinstance(uri, TcpUri | UnixUri)
 
 
 def parse_uri(text: str) -> Uri:

@@ -90,7 +90,8 @@ def _as_dict(file: str, image: StreamImage) -> dict[str, Any]:
 
 def _show(image: StreamImage) -> None:
     # a pipe gets whole lines, however long
-    console = Console(soft_wrap=True, highlight=False)
+    # and names from the stream are text, not markup
+    console = Console(soft_wrap=True, highlight=False, markup=False)
     blocks = image.blocks
     total = sum(b.used_length for b in blocks)
     pages = sum(b.data + b.zero + b.missing for b in blocks)
@@ -118,9 +119,7 @@ def _show_devices(console: Console, image: StreamImage) -> None:
     devices = image.devices
     if devices is None:
         size = sized(len(image.device_state.raw))
-        console.print(
-            f"devices  {size} in one piece: the stream has no description to cut it by", style=None
-        )
+        console.print(f"devices  {size} in one piece: the stream does not say how to cut it")
         return
     table = Table("device", "instance", "version", "section", "bytes", box=None)
     for device in devices:

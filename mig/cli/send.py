@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import stat
-
 import click
 
-from mig.channel import parse_uri
-from mig.channel.uri import FdUri, TcpUri, UnixUri, Uri
+from mig.channel import carries_return_path, parse_uri
 from mig.cli.common import (
     capability_option,
     follow,
@@ -52,7 +48,7 @@ def send(
     wanted = parse_capabilities(capabilities)
     values = {"max-bandwidth": "0", **parse_parameters(parameters)}
     if Capability.RETURN_PATH not in wanted:
-        wanted[Capability.RETURN_PATH] = _can_answer(parse_uri(uri))
+        wanted[Capability.RETURN_PATH] = carries_return_path(parse_uri(uri))
     with open_image(file) as image:
         migration = OutgoingMigration(image, capabilities=wanted, parameters=values)
         migration.start(uri)
@@ -61,9 +57,3 @@ def send(
         print_json({**info_as_dict(info), "uri": uri})
     else:
         click.echo(f"{uri}: {summary(info)}")
-
-
-def _can_answer(uri: Uri) -> bool:
-    if isinstance(uri, FdUri):
-        return stat.S_ISSOCK(os.fstat(uri.fd).st_mode)
-    return isinstance(uri, TcpUri | UnixUri)

@@ -9,7 +9,7 @@ from typing import ClassVar
 
 from mig.channel import Channel, Listener
 from mig.engine.migration import Migration
-from mig.errors import CancelledError, MigError, UnsupportedError
+from mig.errors import CancelledError, ChannelError, MigError, UnsupportedError
 from mig.events import Event, Listening
 from mig.guest import DestinationGuest
 from mig.options import INCOMING_CAPABILITIES, Capability, Parameters, capability_set
@@ -32,10 +32,11 @@ class IncomingMigration(Migration):
                   it is the source that opens it
     parameters:   values by QMP name
     page_size:    target page size in bytes where the stream does not name it
-    on_event:     told of every event, by the migration's thread
+    on_event:     told of every event (see mig.events)
 
-    A failure before everything is loaded makes the source fail: its guest goes on running. With a
-    return path the source is told so in words; without one it sees the connection break.
+    When it fails with a return path the source is told so, fails too, and its guest goes on
+    running. Without one the source sees the connection break, which it takes for a failure unless
+    it has already sent everything.
     """
 
     table: ClassVar[Table] = INCOMING
@@ -51,8 +52,7 @@ class IncomingMigration(Migration):
         on_event: Callable[[Event], None] | None = None,
     ) -> None:
         super().__init__(Parameters.from_qmp(parameters or {}), on_event)
-        wanted = capabilities if isinstance(capabilities, Mapping) else tuple(capabilities)
-        self.capabilities = capability_set(wanted, INCOMING_CAPABILITIES)
+        self.capabilities = capability_set(capabilities, INCOMING_CAPABILITIES)
         self._guest = guest
         self._page_size = page_size
         self._listener: Listener | None = None
@@ -60,6 +60,9 @@ class IncomingMigration(Migration):
         self._reader: StreamReader | None = None
         self._return: StreamWriter | None = None
         self._watcher: threading.Thread | None = None
+        self._extra: Channel | None = None
+        self._done_watching = False
+        self._committed = False
         #: the address to connect to, once listen() has returned
         self.uri: str | None = None
 
@@ -81,6 +84,7 @@ class IncomingMigration(Migration):
         self._watch_for_more_connections()
         self._load(reader)
         self._guest.commit()
+        self._committed = True
         self._confirm()
 
     def _accept(self) -> Channel:
@@ -106,8 +110,6 @@ class IncomingMigration(Migration):
             page_size=self._page_size,
         )
         loader.run()
-        # whatever fails after this point comes too late for a source without a return path
-        self._require_no_error()
 
     def _on_command(self, command: Command) -> None:
         if command.type == CommandType.OPEN_RETURN_PATH:
@@ -129,7 +131,10 @@ class IncomingMigration(Migration):
             self._return.flush()
 
     def _confirm(self) -> None:
-        self._say(ReturnMessage.shut(0))
+        try:
+            self._say(ReturnMessage.shut(0))
+        except ChannelError as error:
+            raise ChannelError(f"all is received and kept, but the source left: {error}") from error
 
     # ---- other connections ------------------------------------------------------------------
 
@@ -143,39 +148,59 @@ class IncomingMigration(Migration):
 
     def _watch(self, listener: Listener) -> None:
         """A source with multifd would wait for ever for channels that nobody reads: refuse it."""
-        with contextlib.suppress(CancelledError):
+        # ends when the migration does, or when nothing can be accepted any more
+        with contextlib.suppress(CancelledError, ChannelError):
             while True:
                 with listener.accept(self._cancel, _EXTRA_PATIENCE) as extra:
-                    reader = StreamReader(extra, buffer_size=64)
-                    with contextlib.suppress(MigError):
-                        if reader.u32("a channel's magic") == MULTIFD_MAGIC:
-                            error = UnsupportedError(
+                    if self._is_multifd(extra):
+                        self._fail(
+                            UnsupportedError(
                                 "the source opened multifd channels", capability="multifd"
                             )
-                            self._fail(error)
-                            self._interrupt()
-                            return
+                        )
+                        self._interrupt()
+                        return
+
+    def _is_multifd(self, extra: Channel) -> bool:
+        """Whether the connection says that it is a multifd channel; strangers say nothing."""
+        with self._lock:
+            if self._done_watching:
+                return False
+            self._extra = extra
+        try:
+            reader = StreamReader(extra, buffer_size=64)
+            return reader.u32("a channel's magic") == MULTIFD_MAGIC
+        except MigError:
+            return False
+        finally:
+            with self._lock:
+                self._extra = None
 
     # ---- ends -------------------------------------------------------------------------------
 
-    def _require_no_error(self) -> None:
-        if self._error is not None:
-            raise self._error
-
     def _cleanup(self, *, failed: bool) -> None:
-        self._cancel.set()
-        if failed:
-            with contextlib.suppress(MigError):
-                self._say_failure()
-            self._guest.abort()
+        self._stop_watching()
+        try:
+            if failed and not self._committed:
+                with contextlib.suppress(MigError):
+                    self._say_failure()
+                self._guest.abort()
+        finally:
+            with self._lock:
+                channel, self._channel = self._channel, None
+            if channel is not None:
+                channel.close()
+            if self._listener is not None:
+                self._listener.close()
+
+    def _stop_watching(self) -> None:
+        with self._lock:
+            self._cancel.set()
+            self._done_watching = True
+            if self._extra is not None:
+                self._extra.cancel()
         if self._watcher is not None:
             self._watcher.join()
-        with self._lock:
-            channel, self._channel = self._channel, None
-        if channel is not None:
-            channel.close()
-        if self._listener is not None:
-            self._listener.close()
 
     def _say_failure(self) -> None:
         """Tell the source, on a return path that may be the one that was interrupted."""

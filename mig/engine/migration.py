@@ -16,10 +16,19 @@ from mig.state import FINAL, Input, Machine, Status, Table
 from mig.stats import MigrationInfo, RamCounters, RamStats
 
 
+def _as_mig_error(error: Exception) -> MigError:
+    """The error itself, or a MigError for a mistake of a guest's or a callback's own."""
+    if isinstance(error, MigError):
+        return error
+    wrapped = MigError(f"{type(error).__name__}: {error}")
+    wrapped.__cause__ = error
+    return wrapped
+
+
 class Migration(ABC):
     """One migration, run by a thread of its own.
 
-    on_event: told of every event, by the migration's thread; it must not wait for the migration
+    on_event: told of every event (see mig.events); it must not wait for the migration
 
     The first error wins; `wait` raises it.
     """
@@ -31,7 +40,8 @@ class Migration(ABC):
         self.parameters = parameters
         self._on_event = on_event
         self._machine = Machine(self.table)
-        self._lock = threading.Lock()
+        # a signal handler may call cancel() while the same thread is in it
+        self._lock = threading.RLock()
         self._done = threading.Event()
         self._cancel = Cancel()
         self._thread: threading.Thread | None = None
@@ -55,7 +65,7 @@ class Migration(ABC):
             return False
         if self.status == Status.CANCELLED:
             raise CancelledError("the migration was cancelled")
-        if self._error is not None:
+        if self.status == Status.FAILED and self._error is not None:
             raise self._error
         return True
 
@@ -64,9 +74,11 @@ class Migration(ABC):
         with self._lock:
             if self.status in FINAL or self.status == Status.NONE:
                 return
+            first = self.status != Status.CANCELLING
             status = self._machine.feed(Input.CANCEL)
-        self._emit(StatusChanged(status))
         self._interrupt()
+        if first:
+            self._emit(StatusChanged(status))
 
     def query(self) -> MigrationInfo:
         """Return a snapshot of status and statistics."""
@@ -80,7 +92,7 @@ class Migration(ABC):
             setup_time=None if start is None or connected is None else connected - start,
             downtime=None if end is None or stopped is None else end - stopped,
             ram=self._ram_stats(),
-            error=None if self._error is None else str(self._error),
+            error=str(self._error) if self.status == Status.FAILED else None,
         )
 
     # ---- for the subclasses -----------------------------------------------------------------
@@ -89,28 +101,24 @@ class Migration(ABC):
         with self._lock:
             self._machine.feed(Input.START)
         self._mark("start")
-        self._emit(StatusChanged(Status.SETUP))
         self._thread = threading.Thread(target=self._main, name=self.thread_name, daemon=True)
         self._thread.start()
 
     def _main(self) -> None:
         outcome = Input.FINISH
         try:
+            self._emit(StatusChanged(Status.SETUP))
             self._run()
-        except MigError as error:
-            self._fail(error)
-            outcome = Input.FAIL
         except Exception as error:
-            # a guest's or a callback's own mistake: the migration must still end
-            wrapped = MigError(f"{type(error).__name__}: {error}")
-            wrapped.__cause__ = error
-            self._fail(wrapped)
+            self._fail(_as_mig_error(error))
             outcome = Input.FAIL
+        try:
+            self._cleanup(failed=outcome == Input.FAIL)
+        except Exception as error:
+            # what was confirmed stays confirmed; a failure keeps its first error
+            self._fail(_as_mig_error(error))
         finally:
-            try:
-                self._cleanup(failed=outcome == Input.FAIL)
-            finally:
-                self._finish(outcome)
+            self._finish(outcome)
 
     def _finish(self, outcome: Input) -> None:
         self._mark("end")

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import ClassVar
 
-from mig.channel import Channel, connect
-from mig.channel.uri import parse_uri
+from mig.channel import Channel, carries_return_path, connect, parse_uri
 from mig.dirty import DirtyLog
 from mig.engine.convergence import Convergence, RateLimit
 from mig.engine.migration import Migration
@@ -29,7 +28,7 @@ class OutgoingMigration(Migration):
 
     capabilities: names that are on, or a mapping of names to on/off
     parameters:   values by QMP name
-    on_event:     told of every event, by the migration's thread
+    on_event:     told of every event (see mig.events)
 
     When the migration fails or is cancelled the guest runs again and nothing of it is lost. With
     capability ``return-path`` completed means that the destination has confirmed; without, that
@@ -60,8 +59,13 @@ class OutgoingMigration(Migration):
         self._passes = 0
 
     def start(self, uri: str) -> None:
-        """Begin to migrate to ``uri``; UriError when it cannot be read. Returns at once."""
-        parse_uri(uri)
+        """Begin to migrate to ``uri``; returns at once.
+
+        UriError when it cannot be read, OptionError when it cannot do what a capability needs.
+        """
+        able = carries_return_path(parse_uri(uri))
+        if Capability.RETURN_PATH in self.capabilities and not able:
+            raise OptionError(f"capability 'return-path' is not possible over {uri}")
         self._require_status(Status.NONE, Input.START)
         self._uri = uri
         self._launch()
@@ -72,6 +76,8 @@ class OutgoingMigration(Migration):
         channel = self._connect()
         writer = self._writer = StreamWriter(channel)
         search = self._search = PageSearch(self._guest.source_blocks())
+        for block in search.blocks:
+            block.pages.pin()
         saver = RamSaver(writer, search, self._guest.ram_section_id, self._counters)
         saver.footers = self._guest.footers
         self._start_dirty_log()
@@ -85,8 +91,6 @@ class OutgoingMigration(Migration):
         channel = connect(self._uri, self._cancel, self.parameters.timeout)
         with self._lock:
             self._channel = channel
-        if Capability.RETURN_PATH in self.capabilities and not channel.bidirectional:
-            raise OptionError(f"capability 'return-path' is not possible over {channel.name}")
         self._move(Input.CONNECTED)
         self._mark("connected")
         return channel
@@ -133,7 +137,7 @@ class OutgoingMigration(Migration):
             return 0
         self._passes += 1
         self._emit(PassStarted(self._passes))
-        return sum(self._log.sync(block.idstr, block.dirty) for block in search.blocks)
+        return search.sync(self._log)
 
     def _stop_guest(self) -> None:
         self._move(Input.SWITCHOVER)
@@ -159,8 +163,19 @@ class OutgoingMigration(Migration):
     # ---- ends -------------------------------------------------------------------------------
 
     def _cleanup(self, *, failed: bool) -> None:
-        if self._return_path is not None and failed and self._channel is not None:
-            self._prefer_peer_error(self._return_path)
+        try:
+            if failed and self._return_path is not None:
+                self._prefer_peer_error(self._return_path)
+            self._close_channel()
+            for block in self._search.blocks if self._search else ():
+                block.pages.unpin()
+            if self._log is not None:
+                self._log.stop()
+        finally:
+            if failed and self._stopped:
+                self._guest.resume()
+
+    def _close_channel(self) -> None:
         if self._channel is not None:
             self._channel.cancel()
         if self._return_path is not None:
@@ -169,10 +184,6 @@ class OutgoingMigration(Migration):
             channel, self._channel = self._channel, None
         if channel is not None:
             channel.close()
-        if self._log is not None:
-            self._log.stop()
-        if failed and self._stopped:
-            self._guest.resume()
 
     def _prefer_peer_error(self, return_path: ReturnPath) -> None:
         """A write that failed because the destination gave up: what it said is the better error.

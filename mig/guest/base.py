@@ -51,4 +51,4 @@ class DestinationGuest(LoadTarget, Protocol):
         """Everything is loaded: make it last. The source is told after this returns."""
 
     def abort(self) -> None:
-        """The migration failed or was cancelled: leave nothing behind."""
+        """The migration failed or was cancelled: leave nothing behind. Never after commit()."""

@@ -12,6 +12,7 @@ from mig.ram.search import SourceBlock
 from mig.records import BlockInfo, Configuration
 from mig.savevm.devices import DeviceState
 from mig.savevm.registry import DeviceRegistry
+from mig.wire import DEFAULT_PAGE_BITS
 
 _RAM_SECTION = 1
 
@@ -38,9 +39,11 @@ class MemoryGuest:
     ) -> None:
         self.memory = memory
         self.devices = devices or DeviceRegistry()
+        bits = memory.page_size.bit_length() - 1
         self.configuration: Configuration | None = Configuration(
-            machine, page_bits=memory.page_size.bit_length() - 1
+            machine, page_bits=None if bits == DEFAULT_PAGE_BITS else bits
         )
+        self.configuration.encode()  # ValueError for a name that cannot be sent
         self.ram_section_id = _RAM_SECTION
         self.footers = True
         self.switchover_start = False
@@ -71,9 +74,9 @@ class MemoryGuest:
     # ---- destination ------------------------------------------------------------------------
 
     def configure(self, configuration: Configuration | None) -> None:
-        """MismatchError unless machine type and page size are this guest's."""
+        """MismatchError unless the machine type is this guest's."""
         if configuration is None:
-            return
+            raise MismatchError("the stream does not name its machine type")
         if configuration.machine != self._machine:
             raise MismatchError(
                 f"the stream is of machine type '{configuration.machine}', "
@@ -81,13 +84,15 @@ class MemoryGuest:
             )
 
     def open_blocks(self, blocks: Sequence[BlockInfo], page_size: int) -> None:
-        """MismatchError unless every block is this guest's, and of the same length."""
+        """MismatchError unless the blocks are this guest's, of the same page size and lengths."""
         if page_size != self.memory.page_size:
             raise MismatchError(
                 f"the stream has pages of {page_size} bytes, this guest of {self.memory.page_size}"
             )
         mine = {block.idstr: block for block in self.memory}
-        self._loading.clear()
+        missing = mine.keys() - {info.idstr for info in blocks}
+        if missing:
+            raise MismatchError("the stream lacks a block of this guest", block=min(missing))
         for info in blocks:
             block = mine.get(info.idstr)
             if block is None:
@@ -98,9 +103,9 @@ class MemoryGuest:
                     f"{block.used_length}",
                     block=info.idstr,
                 )
+            block.pages.pin()
             received = _core.Bitmap(block.pages.npages)
-            self._loading.append((block.pages, received, block.fresh))
-            block.fresh = False
+            self._loading.append((block.pages, received, block.take_fresh()))
 
     def put(
         self, parser: _core.RamParser, data: bytes | bytearray | memoryview, start: int
@@ -122,8 +127,10 @@ class MemoryGuest:
 
     def commit(self) -> None:
         """Release the memory to its owner."""
+        for pages, _, _ in self._loading:
+            pages.unpin()
         self._loading.clear()
 
     def abort(self) -> None:
         """Release the memory to its owner; its contents are whatever had arrived."""
-        self._loading.clear()
+        self.commit()

@@ -22,7 +22,14 @@ from mig.records import (
     encode_footer,
 )
 from mig.savevm.devices import DeviceState
-from mig.wire import RAM_IDSTR, RAM_VERSION, CommandType, RamFlag, SectionType
+from mig.wire import (
+    DEFAULT_PAGE_BITS,
+    RAM_IDSTR,
+    RAM_VERSION,
+    CommandType,
+    RamFlag,
+    SectionType,
+)
 
 _EOS = int(RamFlag.EOS).to_bytes(8, "big")
 
@@ -80,7 +87,7 @@ class StreamCapture:
     def ram_started(self, section_id: int, footers: bool) -> None:
         """Keep the id; the file's own sections will look like the source's."""
         if self._log is not None and (section_id, footers) != (self._section_id, self._footers):
-            raise MismatchError("pages in the setup section of a stream without footers")
+            raise MismatchError("the setup section has pages in it: such a stream cannot be kept")
         self._section_id, self._footers = section_id, footers
 
     def put(
@@ -98,7 +105,7 @@ class StreamCapture:
         """Write the end of the file: zero pages, the end of RAM, the devices."""
         self._state = state
         if self._log is None:
-            self._log = self._open_log(_core.RamParser([], 1 << 12))
+            self._log = self._open_log(_core.RamParser([], 1 << DEFAULT_PAGE_BITS))
         self._log.finish()
         tail = [_EOS, self._footer()]
         if self._switchover_start:

@@ -51,7 +51,7 @@ class _Index:
         self.section_id = 1
         self.footers = True
         self.switchover_start = False
-        self.state = DeviceState(b"", None, b"")
+        self.state = DeviceState(0, b"", None, b"")
 
     def configure(self, configuration: Configuration | None) -> None:
         self.configuration = configuration
@@ -114,9 +114,9 @@ class StreamImage:
         self.ram_section_id = index.section_id
         self.footers = index.footers
         self.switchover_start = index.switchover_start
-        #: bytes of the stream
-        self.nbytes = len(self._map) - offset
-        #: PAGE records in the stream; more than there are pages when pages were sent again
+        #: bytes of the stream; what follows in the file is not looked at
+        self.nbytes = index.state.offset + len(index.state.raw)
+        #: PAGE and ZERO records; more than there are pages when pages were sent again
         self.records = counters.normal + counters.fill
 
     # ---- looking ----------------------------------------------------------------------------

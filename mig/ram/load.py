@@ -15,7 +15,6 @@ from mig.wire import RamFlag
 #: records of features that this loader leaves out, and the capability that makes a source send them
 _CAPABILITY_OF = {
     RamFlag.XBZRLE: "xbzrle",
-    RamFlag.HOOK: "rdma-pin-all",
     RamFlag.COMPRESS_PAGE: "compress",
     RamFlag.MULTIFD_FLUSH: "multifd",
 }
@@ -80,41 +79,55 @@ class RamLoader:
         )
 
     def _load_pages(self, parser: _core.RamParser) -> None:
-        """The hot loop: every turn parses and places one burst, megabytes if they are there."""
+        """The hot loop: every turn parses and places one burst, a buffer full if it is there."""
         reader, sink, counters = self._reader, self._sink, self._counters
         stop = _core.STOP_FULL
         while stop != _core.STOP_EOS:
             start, end = reader.window
             try:
                 stop = parser.parse(reader.buffer, start, end)
+            except _core.RamRecordError as error:
+                raise self._wrong_record(parser, str(error)) from error
+            try:
                 sink.put(parser, reader.buffer, start)
             except _core.RamRecordError as error:
-                raise self._at_record(parser, str(error)) from error
+                raise reader.error(f"{error}, in the burst that starts here") from error
             counters.add(parser.npages, parser.nfill)
             reader.advance(parser.consumed)
             if stop == _core.STOP_MORE:
                 reader.need(parser.need, "a RAM record")
             elif stop == _core.STOP_OTHER:
-                self._refuse(parser)
+                raise self._unknown_record(parser)
 
     def _block_name(self, parser: _core.RamParser) -> str | None:
         return self.blocks[parser.current].idstr if parser.current >= 0 else None
 
-    def _at_record(self, parser: _core.RamParser, message: str) -> StreamError:
-        at = self._reader.offset + parser.consumed
+    def _wrong_record(self, parser: _core.RamParser, message: str) -> StreamError:
+        """The record at the end of the last burst is wrong."""
+        reader = self._reader
+        at = reader.offset + parser.consumed
         block = self._block_name(parser)
-        return StreamError(message, offset=at, section=self._reader.section, block=block)
+        return StreamError(message, offset=at, section=reader.section, block=block)
 
-    def _refuse(self, parser: _core.RamParser) -> None:
-        """A record that is no page: name the feature it belongs to."""
-        flags = RamFlag(parser.word & (self._page_size - 1)) & ~RamFlag.CONTINUE
+    def _unknown_record(self, parser: _core.RamParser) -> StreamError:
+        """The next record is no page: name the feature it belongs to."""
+        reader = self._reader
+        flags = parser.word & (self._page_size - 1) & ~int(RamFlag.CONTINUE)
         for flag, capability in _CAPABILITY_OF.items():
             if flags == flag:
-                raise UnsupportedError(
+                return UnsupportedError(
                     f"RAM record {flag.name} is not supported",
                     capability=capability,
-                    offset=self._reader.offset,
-                    section=self._reader.section,
+                    offset=reader.offset,
+                    section=reader.section,
                     block=self._block_name(parser),
                 )
-        raise self._at_record(parser, f"unknown RAM record: flags {int(flags):#x}")
+        if flags == RamFlag.HOOK:
+            return UnsupportedError(
+                "the source migrates by RDMA: give it another URI",
+                offset=reader.offset,
+                section=reader.section,
+            )
+        if flags == RamFlag.MEM_SIZE:
+            return reader.error("a second block list")
+        return reader.error(f"unknown RAM record: flags {flags:#x}")

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from mig import _core
+from mig.dirty import DirtyLog
 from mig.pages import PageIndex
 
 #: pages of a batch at most: 4 MiB of small pages, so that a call is worth its overhead
@@ -47,6 +48,8 @@ class PageSearch:
     def __init__(self, blocks: Sequence[SourceBlock]) -> None:
         self.blocks = blocks
         self._index = np.empty(MAX_BATCH, dtype=np.uint64)
+        #: bytes of pages that are dirty now; any thread may read it
+        self.remaining = sum(b.dirty.count() * b.pages.page_size for b in blocks)
         self.rewind()
 
     def rewind(self) -> None:
@@ -61,12 +64,17 @@ class PageSearch:
             n = block.dirty.take(self._page, self._index)
             if n:
                 self._page = int(self._index[n - 1]) + 1
+                self.remaining -= n * block.pages.page_size
                 return PageBatch(block, self._index[:n])
             self._block += 1
             self._page = 0
         return None
 
-    @property
-    def remaining(self) -> int:
-        """Bytes of pages that are dirty now."""
-        return sum(block.dirty.count() * block.pages.page_size for block in self.blocks)
+    def sync(self, log: DirtyLog) -> int:
+        """Take over what the log has; returns how many pages are newly dirty."""
+        total = 0
+        for block in self.blocks:
+            fresh = log.sync(block.idstr, block.dirty)
+            self.remaining += fresh * block.pages.page_size
+            total += fresh
+        return total

@@ -16,6 +16,8 @@ from mig.wire import SectionType
 
 _HEADER = struct.Struct(">BI")
 _INSTANCE_VERSION = struct.Struct(">II")
+# type byte, id, counted idstr, instance and version
+_MAX_HEADER = _HEADER.size + 1 + 255 + _INSTANCE_VERSION.size
 _DESCRIPTION_MARK = bytes([SectionType.EOF, SectionType.VMDESCRIPTION])
 
 
@@ -38,12 +40,14 @@ class DeviceSection:
 class DeviceState:
     """Everything after RAM, through EOF and VMDESCRIPTION.
 
+    offset:      stream offset of the first byte
     raw:         the bytes as received, ready to be sent again
     sections:    the devices one by one; None when the stream had no description (then the state
                  is one piece)
     description: the JSON, b"" when the stream had none
     """
 
+    offset: int
     raw: bytes
     sections: tuple[DeviceSection, ...] | None
     description: bytes
@@ -72,38 +76,68 @@ def _parse_header(raw: bytes | bytearray, at: int) -> _Header | None:
     return _Header(section_id, name.decode(), instance_id, version_id, end)
 
 
-def footer_walk(raw: bytes | bytearray) -> int | None:
-    """Follow the sections by their footers alone; return the offset behind EOF.
+class FooterWalk:
+    """Follows the sections by their footers alone, as far as the bytes go.
 
-    None when the sections do not lead to an EOF byte that is the last one, or is followed by a
-    description. A section ends at the first footer of its id behind which another section with a
-    new id, or such an EOF, stands.
+    A section ends at the first footer of its id behind which another section with a new id
+    stands, or the end: an EOF byte that is the last byte, or is followed by a description.
     """
-    at, seen = 0, set[int]()
-    while raw[at : at + 1] == bytes([SectionType.FULL]):
-        header = _parse_header(raw, at)
-        if header is None or header.section_id in seen:
-            return None
-        seen.add(header.section_id)
-        footer = _HEADER.pack(SectionType.FOOTER, header.section_id)
-        found = raw.find(footer, header.end)
-        while found >= 0 and not _can_follow(raw, found + len(footer), seen):
-            found = raw.find(footer, found + 1)
-        if found < 0:
-            return None
-        at = found + len(footer)
-    return at + 1 if _is_end(raw, at) else None
+
+    def __init__(self) -> None:
+        self._at = 0  # start of the section whose footer is looked for
+        self._from = 0  # no footer of it before this offset
+        self._seen: set[int] = set()
+        #: idstr of that section, None before its header is there
+        self.idstr: str | None = None
+
+    @property
+    def at(self) -> int:
+        """Offset of the section that could not be followed to its end."""
+        return self._at
+
+    def end(self, raw: bytes | bytearray) -> int | None:
+        """Go on with ``raw``, which may have grown; return the offset behind EOF, or None."""
+        while not _is_end(raw, self._at):
+            header = _parse_header(raw, self._at)
+            if header is None or header.section_id in self._seen:
+                self.idstr = None
+                return None
+            self.idstr = header.idstr
+            footer = _HEADER.pack(SectionType.FOOTER, header.section_id)
+            found = raw.find(footer, max(self._from, header.end))
+            while found >= 0:
+                following = found + len(footer)
+                after = _parse_header(raw, following)
+                if after is not None and after.section_id not in self._seen | {header.section_id}:
+                    break
+                if _is_end(raw, following):
+                    return following + 1
+                if len(raw) < following + _MAX_HEADER:
+                    # what follows may not be all there yet
+                    self._from = found
+                    return None
+                found = raw.find(footer, found + 1)
+            if found < 0:
+                self._from = max(header.end, len(raw) - len(footer) + 1)
+                return None
+            self._seen.add(header.section_id)
+            self._at, self._from = found + len(footer), 0
+        return self._at + 1
 
 
-def _can_follow(raw: bytes | bytearray, at: int, seen: set[int]) -> bool:
-    header = _parse_header(raw, at)
-    return (header is not None and header.section_id not in seen) or _is_end(raw, at)
+def footer_walk(raw: bytes | bytearray) -> int | None:
+    """Return the offset behind EOF of a whole device state, None when it is none."""
+    return FooterWalk().end(raw)
 
 
 def _is_end(raw: bytes | bytearray, at: int) -> bool:
     if raw[at : at + 1] != bytes([SectionType.EOF]):
         return False
     return len(raw) == at + 1 or raw[at + 1] == SectionType.VMDESCRIPTION
+
+
+#: most places in the device state that may look like the start of a description at a time
+MAX_CANDIDATES = 256
 
 
 class DeviceTail:
@@ -119,6 +153,7 @@ class DeviceTail:
         self._raw = bytearray()
         self._scanned = 0
         self._candidates: list[int] = []
+        self._walk = FooterWalk()
 
     def __len__(self) -> int:
         return len(self._raw)
@@ -129,15 +164,18 @@ class DeviceTail:
             raise StreamError("device state is past the limit", offset=self._offset)
         self._raw += data
         self._find_candidates()
+        waiting = []
         for at in self._candidates:
             text = self._description_at(at)
             if text is None:
+                waiting.append(at)
                 continue
             try:
                 description = Description.parse(text)
             except DescriptionError:
                 continue  # payload that happens to look like the start of a description
             return self._cut(at, text, description)
+        self._candidates = waiting
         return None
 
     def _find_candidates(self) -> None:
@@ -152,6 +190,10 @@ class DeviceTail:
                 return
             length = int.from_bytes(self._raw[at + 2 : at + 6], "big")
             if length <= wire.MAX_DESCRIPTION and self._raw[at + 6] == ord("{"):
+                if len(self._candidates) == MAX_CANDIDATES:
+                    raise StreamError(
+                        "device state full of what looks like descriptions", offset=self._offset
+                    )
                 self._candidates.append(at)
             self._scanned = at + 1
 
@@ -171,7 +213,7 @@ class DeviceTail:
             if not self._footers or footer_walk(raw) != at + 1:
                 raise
             sections = None
-        return DeviceState(raw, sections, text)
+        return DeviceState(self._offset, raw, sections, text)
 
     def _split(self, raw: bytes, end: int, description: Description) -> tuple[DeviceSection, ...]:
         """Cut raw[:end] into the described devices; StreamError where they do not agree."""
@@ -215,7 +257,7 @@ class DeviceTail:
 
     def ends_here(self) -> bool:
         """Whether the bytes so far are a whole device state without a description."""
-        return self._footers and footer_walk(self._raw) == len(self._raw)
+        return self._footers and self._walk.end(self._raw) == len(self._raw)
 
     def finish(self) -> DeviceState:
         """The stream has ended: return the state as one piece, or raise what is wrong.
@@ -229,7 +271,7 @@ class DeviceTail:
             # without footers and without a description only the last byte can be checked
             end = len(raw) if raw[-1:] == bytes([SectionType.EOF]) else None
         if end == len(raw):
-            return DeviceState(raw, None, b"")
+            return DeviceState(self._offset, raw, None, b"")
         raise self._why(raw, end)
 
     def _why(self, raw: bytes, end: int | None) -> StreamError:
@@ -239,21 +281,10 @@ class DeviceTail:
                 f"stream ends after {self._offset + len(raw)} bytes, inside the description",
                 offset=self._offset + end,
             )
-        at, idstr = self._last_section(raw)
+        walk = FooterWalk()
+        walk.end(raw)
         return TruncatedError(
             f"stream ends after {self._offset + len(raw)} bytes, inside the device state",
-            offset=self._offset + at,
-            section=idstr,
+            offset=self._offset + walk.at,
+            section=walk.idstr,
         )
-
-    def _last_section(self, raw: bytes) -> tuple[int, str | None]:
-        """Offset and idstr of the section in which following the footers comes to an end."""
-        at, idstr = 0, None
-        while (header := _parse_header(raw, at)) is not None:
-            idstr = header.idstr
-            footer = _HEADER.pack(SectionType.FOOTER, header.section_id)
-            found = raw.find(footer, header.end)
-            if found < 0:
-                return at, idstr
-            at = found + len(footer)
-        return at, None if at else idstr

@@ -129,7 +129,9 @@ class StreamLoader:
         elif kind == SectionType.EOF:
             raise reader.error("stream ends before the end of RAM", offset=at)
         else:
-            raise reader.error(f"unknown section type {kind:#04x}", offset=at)
+            known = kind in set(SectionType)
+            what = f"{SectionType(kind).name} in the wrong place" if known else "unknown"
+            raise reader.error(f"section type {kind:#04x} is {what}", offset=at)
 
     def _start_section(self, at: int) -> None:
         reader = self._reader

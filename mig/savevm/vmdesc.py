@@ -45,7 +45,14 @@ class Description:
             page_size = data.get("page_size")
             if page_size is not None and not isinstance(page_size, int):
                 raise TypeError("page_size")
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        except (
+            ValueError,
+            KeyError,
+            TypeError,
+            AttributeError,
+            OverflowError,
+            RecursionError,
+        ) as error:
             raise DescriptionError(f"not a machine description: {error!r}") from error
         return cls(page_size, devices)
 
