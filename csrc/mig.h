@@ -47,7 +47,10 @@ const char *mig_kernels_name(size_t i);
 
 /* ---- bitmaps (bitmap.c): bit i is bit i % 64 of word i / 64 --------------------------------- */
 
-static inline size_t mig_bitmap_nwords(uint64_t nbits) { return (size_t)((nbits + 63) / 64); }
+static inline size_t mig_bitmap_nwords(uint64_t nbits)
+{
+    return (size_t)(nbits / 64 + (nbits % 64 != 0));
+}
 
 static inline bool mig_bitmap_test(const uint64_t *words, uint64_t bit)
 {

@@ -638,7 +638,7 @@ cdef class Descriptor:
 
     @property
     def timeout(self):
-        return None if self.c.timeout_ms < 0 else self.c.timeout_ms / 1000
+        return None if self.c.timeout_ms < 0 else self.c.timeout_ms / 1000.0
 
     @timeout.setter
     def timeout(self, value):

@@ -42,6 +42,7 @@ class RamBlock:
             flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
             buffer = self._mapping = mmap.mmap(-1, used_length, flags=flags)
         self._view = memoryview(buffer)
+        self._buffer = buffer
         if self._view.nbytes != used_length:
             raise ValueError(f"block '{idstr}': {self._view.nbytes} bytes, not {used_length}")
         self.pages = _core.Pages(self._view, page_size, writable=True)
@@ -59,12 +60,28 @@ class RamBlock:
 
     def close(self) -> None:
         """Release the memory; BufferError while a migration or a view still uses it."""
+        self.detach()
+        self.free()
+
+    def detach(self) -> None:
+        """Let go of the memory, for free(); BufferError, and nothing done, while it is in use."""
         self.pages.release()
         try:
             self._view.release()
+            if self._mapping is not None:
+                # slices of a view are not seen by its release(), but by the mapping
+                self._mapping.resize(self.used_length)
         except BufferError:
-            self.pages = _core.Pages(self._view, self.pages.page_size, writable=True)
+            self.attach()
             raise
+
+    def attach(self) -> None:
+        """Undo detach()."""
+        self._view = memoryview(self._buffer)
+        self.pages = _core.Pages(self._view, self.pages.page_size, writable=True)
+
+    def free(self) -> None:
+        """Unmap the memory that was let go."""
         if self._mapping is not None:
             self._mapping.close()
 
@@ -97,7 +114,16 @@ class GuestMemory:
         return len(self._blocks)
 
     def close(self) -> None:
-        """Release all blocks; BufferError while somebody still has a view of one."""
-        for block in self:
-            block.close()
+        """Release all blocks; BufferError, and nothing done, while one of them is in use."""
+        detached: list[RamBlock] = []
+        try:
+            for block in self:
+                block.detach()
+                detached.append(block)
+        except BufferError:
+            for block in detached:
+                block.attach()
+            raise
+        for block in detached:
+            block.free()
         self._blocks.clear()

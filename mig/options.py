@@ -96,7 +96,7 @@ class Parameters:
             spec = known[name]
             try:
                 value = _number(raw, whole=isinstance(spec.default, int))
-            except (TypeError, ValueError):
+            except (TypeError, ValueError, OverflowError):
                 violations.append(f"parameter '{name}' expects a number, not {raw!r}")
                 continue
             low, high = spec.metadata["low"], spec.metadata["high"]

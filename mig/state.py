@@ -105,7 +105,12 @@ def diagram(table: Table) -> str:
 
 def document() -> str:
     """Return the text of docs/states.md."""
-    parts = ["# States of a migration", "", "Generated: `python -c 'from mig.state import document; print(document(), end=\"\")'`.", ""]
+    parts = [
+        "# States of a migration",
+        "",
+        "Generated: `python -c 'from mig.state import document; print(document(), end=\"\")'`.",
+        "",
+    ]
     for title, table in (("Outgoing", OUTGOING), ("Incoming", INCOMING)):
         parts += [f"## {title}", "", "```mermaid", diagram(table), "```", ""]
     return "\n".join(parts)

@@ -18,6 +18,9 @@ from mig.errors import CancelledError, ChannelError, IdleTimeoutError
 #: what the socket module takes as an address: its shape depends on the family
 Address = tuple[Any, ...] | str
 
+#: seconds
+_LONGEST_POLL = 1e6
+
 #: asked for on unix sockets, whose default of 208 KiB makes both sides wait often
 _UNIX_BUFFER = 4 << 20
 
@@ -100,7 +103,12 @@ class Cancel:
         poll.register(self.fd, select.POLLIN)
         for fd, events in fds.items():
             poll.register(fd, events)
-        ready = [fd for fd, _ in poll.poll(None if timeout is None else timeout * 1000)]
+        ready: list[int] = []
+        while not ready and (timeout is None or timeout >= 0):
+            # poll() takes no more than 2^31 ms
+            part = None if timeout is None else min(timeout, _LONGEST_POLL)
+            ready = [fd for fd, _ in poll.poll(None if part is None else part * 1000)]
+            timeout = None if timeout is None or part is None else timeout - part or -1
         if self.fd in ready:
             raise CancelledError("cancelled")
         if not ready:
@@ -227,9 +235,8 @@ class Listener:
         self._sockets.append(sock)
         try:
             # a socket left over from an earlier listener would make bind fail
-            with contextlib.suppress(FileNotFoundError):
-                if _is_stale(path):
-                    Path(path).unlink()
+            if _is_stale(path):
+                Path(path).unlink()
             sock.bind(path)
             self._path = path
             sock.listen(16)
@@ -301,6 +308,11 @@ class Listener:
 
 
 def _is_stale(path: str) -> bool:
-    """Whether ``path`` is a socket that nobody listens on."""
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+    """Whether ``path`` is a socket that nobody listens on.
+
+    Asked with a datagram socket: a listener refuses it as of the wrong type, and does not notice.
+    """
+    if not Path(path).is_socket():
+        return False
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as probe:
         return probe.connect_ex(path) == errno.ECONNREFUSED

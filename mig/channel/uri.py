@@ -88,7 +88,7 @@ def parse_uri(text: str) -> Uri:
         case "unix" if rest:
             return UnixUri(rest)
         case "fd":
-            if not rest.isdecimal():
+            if not rest.isdecimal() or int(rest) >= 1 << 31:
                 raise UriError(f"'{text}': a descriptor number must follow fd:")
             return FdUri(int(rest))
         case "exec" if rest:
@@ -120,6 +120,6 @@ def _file(text: str, rest: str) -> FileUri:
         offset = int(option, 0)
     except ValueError:
         offset = -1
-    if offset < 0 or not path:
+    if not 0 <= offset < 1 << 63 or not path:
         raise UriError(f"'{text}': expected file:PATH,offset=N with a number of bytes")
     return FileUri(path, offset)

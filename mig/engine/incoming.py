@@ -131,7 +131,10 @@ class IncomingMigration(Migration):
             self._return.flush()
 
     def _confirm(self) -> None:
+        assert self._channel is not None
         try:
+            # from here on a cancel comes too late
+            self._channel.restore()
             self._say(ReturnMessage.shut(0))
         except ChannelError as error:
             raise ChannelError(f"all is received and kept, but the source left: {error}") from error

@@ -16,7 +16,7 @@ from mig.state import FINAL, Input, Machine, Status, Table
 from mig.stats import MigrationInfo, RamCounters, RamStats
 
 
-def _as_mig_error(error: Exception) -> MigError:
+def _as_mig_error(error: BaseException) -> MigError:
     """The error itself, or a MigError for a mistake of a guest's or a callback's own."""
     if isinstance(error, MigError):
         return error
@@ -76,9 +76,9 @@ class Migration(ABC):
                 return
             first = self.status != Status.CANCELLING
             status = self._machine.feed(Input.CANCEL)
-        self._interrupt()
-        if first:
-            self._emit(StatusChanged(status))
+            self._interrupt()
+            if first:
+                self._emit(StatusChanged(status))
 
     def query(self) -> MigrationInfo:
         """Return a snapshot of status and statistics."""
@@ -109,12 +109,12 @@ class Migration(ABC):
         try:
             self._emit(StatusChanged(Status.SETUP))
             self._run()
-        except Exception as error:
+        except BaseException as error:
             self._fail(_as_mig_error(error))
             outcome = Input.FAIL
         try:
             self._cleanup(failed=outcome == Input.FAIL)
-        except Exception as error:
+        except BaseException as error:
             # what was confirmed stays confirmed; a failure keeps its first error
             self._fail(_as_mig_error(error))
         finally:
@@ -125,10 +125,10 @@ class Migration(ABC):
         with self._lock:
             status = self._machine.feed(outcome)
             self._cancel.close()
-        try:
-            self._emit(StatusChanged(status))
-        finally:
-            self._done.set()
+            try:
+                self._emit(StatusChanged(status))
+            finally:
+                self._done.set()
 
     def _fail(self, error: MigError) -> None:
         """Note the first error. Any thread."""
@@ -139,11 +139,9 @@ class Migration(ABC):
     def _move(self, input_: Input) -> None:
         """Feed the state machine; CancelledError when the migration is being cancelled."""
         with self._lock:
-            old = self._machine.status
             status = self._machine.feed(input_)
-        if status == Status.CANCELLING:
-            raise CancelledError("cancelled")
-        if status != old:
+            if status == Status.CANCELLING:
+                raise CancelledError("cancelled")
             self._emit(StatusChanged(status))
 
     def _mark(self, moment: str) -> None:

@@ -150,6 +150,8 @@ class OutgoingMigration(Migration):
         if self._guest.switchover_start:
             writer.put(Command(CommandType.SWITCHOVER_START).encode())
         saver.end()
+        if self._return_path is not None:
+            self._return_path.may_confirm = True
         writer.put(self._guest.save_devices())
         writer.flush()
 

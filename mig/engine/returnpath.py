@@ -23,6 +23,8 @@ class ReturnPath:
         self._channel = channel
         self._on_failure = on_failure
         self._ended = threading.Event()
+        #: set before the last bytes are written: an earlier SHUT cannot be true
+        self.may_confirm = False
         self.error: MigError | None = None
         self._thread = threading.Thread(target=self._run, name="mig-return-path", daemon=True)
 
@@ -52,6 +54,8 @@ class ReturnPath:
             if message.type == ReturnType.SHUT:
                 if message.value:
                     raise PeerError(f"the destination reports failure ({message.value:#x})")
+                if not self.may_confirm:
+                    raise PeerError("the destination confirms what was not sent yet")
                 return
             if message.type not in (ReturnType.PONG, ReturnType.SWITCHOVER_ACK):
                 raise reader.error(f"{message.type.name} outside of postcopy")

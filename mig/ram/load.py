@@ -73,6 +73,8 @@ class RamLoader:
             raise MismatchError(
                 error.message, offset=at, section=reader.section, block=error.block
             ) from error
+        except MemoryError as error:
+            raise reader.error(f"no memory for {listed.total} bytes of RAM", offset=at) from error
         self._counters.total = listed.total
         self._parser = _core.RamParser(
             [(b.idstr.encode(), b.npages(self._page_size)) for b in self.blocks], self._page_size
@@ -90,6 +92,8 @@ class RamLoader:
                 raise self._wrong_record(parser, str(error)) from error
             try:
                 sink.put(parser, reader.buffer, start)
+            except MemoryError as error:
+                raise reader.error("no memory for the block list") from error
             except _core.RamRecordError as error:
                 raise reader.error(f"{error}, in the burst that starts here") from error
             counters.add(parser.npages, parser.nfill)

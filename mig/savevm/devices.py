@@ -7,7 +7,7 @@ there is none, the footers alone tell whether the state is complete, and it is k
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from mig import wire
 from mig.errors import StreamError, TruncatedError
@@ -76,53 +76,58 @@ def _parse_header(raw: bytes | bytearray, at: int) -> _Header | None:
     return _Header(section_id, name.decode(), instance_id, version_id, end)
 
 
+@dataclass(slots=True)
 class FooterWalk:
-    """Follows the sections by their footers alone, as far as the bytes go.
+    """Follows the sections by their footers alone.
 
     A section ends at the first footer of its id behind which another section with a new id
     stands, or the end: an EOF byte that is the last byte, or is followed by a description.
+
+    at:   start of the section whose footer is looked for
+    idstr: of that section, None before its header is there
     """
 
-    def __init__(self) -> None:
-        self._at = 0  # start of the section whose footer is looked for
-        self._from = 0  # no footer of it before this offset
-        self._seen: set[int] = set()
-        #: idstr of that section, None before its header is there
-        self.idstr: str | None = None
+    at: int = 0
+    idstr: str | None = None
+    _from: int = 0  # no footer of that section before this offset
+    _seen: set[int] = field(default_factory=set)
 
-    @property
-    def at(self) -> int:
-        """Offset of the section that could not be followed to its end."""
-        return self._at
+    def advance(self, raw: bytes | bytearray) -> None:
+        """Go past the sections that end in ``raw`` whatever may follow it."""
+        self._follow(raw, final=False)
 
     def end(self, raw: bytes | bytearray) -> int | None:
-        """Go on with ``raw``, which may have grown; return the offset behind EOF, or None."""
-        while not _is_end(raw, self._at):
-            header = _parse_header(raw, self._at)
+        """Return the offset behind EOF if ``raw`` is all there is, None if it has no such end."""
+        rest = FooterWalk(self.at, self.idstr, self._from, set(self._seen))
+        return rest._follow(raw, final=True)
+
+    def _follow(self, raw: bytes | bytearray, *, final: bool) -> int | None:
+        while not _is_end(raw, self.at):
+            header = _parse_header(raw, self.at)
             if header is None or header.section_id in self._seen:
                 self.idstr = None
                 return None
             self.idstr = header.idstr
+            self._seen.add(header.section_id)
             footer = _HEADER.pack(SectionType.FOOTER, header.section_id)
             found = raw.find(footer, max(self._from, header.end))
-            while found >= 0:
-                following = found + len(footer)
-                after = _parse_header(raw, following)
-                if after is not None and after.section_id not in self._seen | {header.section_id}:
-                    break
-                if _is_end(raw, following):
-                    return following + 1
-                if len(raw) < following + _MAX_HEADER:
-                    # what follows may not be all there yet
-                    self._from = found
-                    return None
+            while found >= 0 and not self._ends_section(raw, found + len(footer), final):
+                if not final and len(raw) < found + len(footer) + _MAX_HEADER:
+                    break  # what follows may not be all there yet
                 found = raw.find(footer, found + 1)
-            if found < 0:
-                self._from = max(header.end, len(raw) - len(footer) + 1)
+            if found < 0 or not self._ends_section(raw, found + len(footer), final):
+                self._seen.discard(header.section_id)
+                self._from = max(header.end, len(raw) - len(footer) + 1) if found < 0 else found
                 return None
-            self._seen.add(header.section_id)
-            self._at, self._from = found + len(footer), 0
-        return self._at + 1
+            self.at, self._from = found + len(footer), 0
+        return self.at + 1
+
+    def _ends_section(self, raw: bytes | bytearray, at: int, final: bool) -> bool:
+        """Whether what stands at ``at`` can follow a section."""
+        after = _parse_header(raw, at)
+        if after is not None:
+            return after.section_id not in self._seen
+        return final and _is_end(raw, at)
 
 
 def footer_walk(raw: bytes | bytearray) -> int | None:
@@ -154,6 +159,9 @@ class DeviceTail:
         self._scanned = 0
         self._candidates: list[int] = []
         self._walk = FooterWalk()
+        # why the description that was found last does not fit, and where it ends
+        self._misfit: StreamError | None = None
+        self._misfit_end = -1
 
     def __len__(self) -> int:
         return len(self._raw)
@@ -170,11 +178,13 @@ class DeviceTail:
             if text is None:
                 waiting.append(at)
                 continue
+            # a device's payload may look like a description, or even be one
             try:
-                description = Description.parse(text)
+                return self._cut(at, text, Description.parse(text))
             except DescriptionError:
-                continue  # payload that happens to look like the start of a description
-            return self._cut(at, text, description)
+                continue
+            except StreamError as error:
+                self._misfit, self._misfit_end = error, at + 6 + len(text)
         self._candidates = waiting
         return None
 
@@ -256,8 +266,17 @@ class DeviceTail:
         return tuple(sections)
 
     def ends_here(self) -> bool:
-        """Whether the bytes so far are a whole device state without a description."""
-        return self._footers and self._walk.end(self._raw) == len(self._raw)
+        """Whether the source may have nothing more to say.
+
+        That is when the bytes so far are a whole device state without a description, or end with
+        a description that does not fit.
+        """
+        if self._misfit_end == len(self._raw):
+            return True
+        if not self._footers or self._raw[-1:] != bytes([SectionType.EOF]):
+            return False
+        self._walk.advance(self._raw)
+        return self._walk.end(self._raw) == len(self._raw)
 
     def finish(self) -> DeviceState:
         """The stream has ended: return the state as one piece, or raise what is wrong.
@@ -265,6 +284,8 @@ class DeviceTail:
         Accepts what QEMU's loader accepts: a stream that ends with its EOF byte.
         """
         raw = bytes(self._raw)
+        if self._misfit is not None and self._misfit_end == len(raw):
+            raise self._misfit
         if self._footers:
             end = footer_walk(raw)
         else:
@@ -282,7 +303,7 @@ class DeviceTail:
                 offset=self._offset + end,
             )
         walk = FooterWalk()
-        walk.end(raw)
+        walk.advance(raw)
         return TruncatedError(
             f"stream ends after {self._offset + len(raw)} bytes, inside the device state",
             offset=self._offset + walk.at,

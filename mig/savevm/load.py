@@ -13,6 +13,7 @@ from mig.stats import RamCounters
 from mig.stream.reader import StreamReader
 from mig.wire import (
     DEFAULT_PAGE_BITS,
+    MAX_DEVICE_STATE,
     RAM_IDSTR,
     RAM_VERSION,
     CommandType,
@@ -165,6 +166,7 @@ class StreamLoader:
     def _footer(self) -> None:
         reader = self._reader
         at = reader.offset
+        reader.need(1, "what follows a section")
         found = reader.peek() == SectionType.FOOTER
         if self._footers is None:
             self._footers = found
@@ -198,9 +200,9 @@ class StreamLoader:
         reader.section = None
         at = reader.offset
         tail = DeviceTail(at, footers=bool(self._footers))
-        state = tail.feed(reader.take())
+        state = tail.feed(reader.take(MAX_DEVICE_STATE))
         while state is None:
-            state = tail.feed(reader.take()) if self._more(tail) else tail.finish()
+            state = tail.feed(reader.take(MAX_DEVICE_STATE)) if self._more(tail) else tail.finish()
         try:
             self._target.load_devices(state)
         except MismatchError as error:

@@ -68,6 +68,7 @@ class DeviceRegistry:
         """Give each section to its device; MismatchError when they do not fit each other."""
         if state.sections is None:
             raise MismatchError("the stream does not say where one device ends and the next begins")
+        chosen = []
         for section in state.sections:
             device = self._devices.get((section.idstr, section.instance_id))
             if device is None:
@@ -81,4 +82,6 @@ class DeviceRegistry:
                     f"{device.version_id}",
                     section=section.idstr,
                 )
+            chosen.append((device, section))
+        for device, section in chosen:
             device.load(section.payload, section.version_id)

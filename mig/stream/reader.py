@@ -83,10 +83,10 @@ class StreamReader:
             raise ValueError(f"{nbytes} bytes of {self._end - self._start}")
         self._start += nbytes
 
-    def take(self) -> bytes:
-        """Consume and return all that is there without asking the source."""
-        start, self._start = self._start, self._end
-        return bytes(self.buffer[start : self._end])
+    def take(self, limit: int) -> bytes:
+        """Consume and return what is there without asking the source, ``limit`` bytes at most."""
+        start, self._start = self._start, min(self._end, self._start + limit)
+        return bytes(self.buffer[start : self._start])
 
     def error(self, message: str, *, offset: int | None = None) -> StreamError:
         """Return a StreamError that names this place (or ``offset``) and section."""

@@ -1,0 +1,124 @@
+"""Records of the `ram` section, byte by byte."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+ZERO, MEM_SIZE, PAGE, EOS, CONTINUE = 0x02, 0x04, 0x08, 0x10, 0x20
+
+
+@dataclass(frozen=True)
+class Record:
+    """A page of a block: its bytes, or the byte that it is filled with."""
+
+    block: bytes
+    page: int
+    contents: bytes | int
+
+    def expand(self, page_size: int) -> bytes:
+        if isinstance(self.contents, int):
+            return bytes([self.contents]) * page_size
+        return self.contents
+
+
+def be64(value: int) -> bytes:
+    out = bytearray()
+    for shift in (56, 48, 40, 32, 24, 16, 8, 0):
+        out.append((value >> shift) & 0xFF)
+    return bytes(out)
+
+
+def encode_record(record: Record, page_size: int, current: bytes | None) -> bytes:
+    """One record; ``current`` is the block that the stream is in."""
+    filled = isinstance(record.contents, int)
+    word = record.page * page_size + (ZERO if filled else PAGE)
+    if record.block == current:
+        out = be64(word + CONTINUE)
+    else:
+        out = be64(word) + bytes([len(record.block)]) + record.block
+    if filled:
+        return out + bytes([record.contents])
+    assert len(record.contents) == page_size
+    return out + record.contents
+
+
+def encode(records: list[Record], page_size: int, current: bytes | None = None) -> bytes:
+    out = b""
+    for record in records:
+        out += encode_record(record, page_size, current)
+        current = record.block
+    return out
+
+
+def eos() -> bytes:
+    return be64(EOS)
+
+
+def block_list(blocks: dict[str, int]) -> bytes:
+    """The MEM_SIZE record of blocks given as {name: bytes}."""
+    out = be64(sum(blocks.values()) + MEM_SIZE)
+    for name, nbytes in blocks.items():
+        out += bytes([len(name)]) + name.encode() + be64(nbytes)
+    return out
+
+
+@dataclass(frozen=True)
+class Incomplete:
+    """A record that is not all there: this many bytes of it are wanted to go on."""
+
+    need: int
+
+
+@dataclass(frozen=True)
+class End:
+    """End of the payload at this offset."""
+
+    offset: int
+
+
+def parse_record(
+    data: bytes, at: int, page_size: int, current: bytes | None
+) -> tuple[Record, int] | Incomplete | End:
+    """The record at offset ``at`` and the offset behind it."""
+    left = len(data) - at
+    if left < 8:
+        return Incomplete(8)
+    word = 0
+    for byte in data[at : at + 8]:
+        word = word * 256 + byte
+    flags = word % page_size
+    if flags == EOS:
+        return End(at + 8)
+    head, block = 8, current
+    if not flags & CONTINUE:
+        if left < 9:
+            return Incomplete(9)
+        head = 9 + data[at + 8]
+        if left < head:
+            return Incomplete(head)
+        block = data[at + 9 : at + head]
+    assert block is not None
+    kind = flags & ~CONTINUE
+    assert kind in (ZERO, PAGE), hex(word)
+    body = page_size if kind == PAGE else 1
+    if left < head + body:
+        return Incomplete(head + body)
+    contents = data[at + head : at + head + body]
+    page = word // page_size
+    if kind == ZERO:
+        return Record(block, page, contents[0]), at + head + body
+    return Record(block, page, contents), at + head + body
+
+
+def parse(
+    data: bytes, page_size: int, current: bytes | None = None
+) -> tuple[list[Record], Incomplete | End]:
+    """All records up to the first that is incomplete, or the end of the payload."""
+    records, at = [], 0
+    while True:
+        found = parse_record(data, at, page_size, current)
+        if isinstance(found, Incomplete | End):
+            return records, found
+        record, at = found
+        current = record.block
+        records.append(record)
