@@ -33,6 +33,7 @@ static bool must_wait(int error) { return error == EAGAIN || error == EWOULDBLOC
 int64_t mig_fd_read(const struct mig_fd *f, uint8_t *buf, size_t min, size_t max)
 {
     size_t got = 0;
+    bool was_reset = false;
 
     while (got < max) {
         ssize_t n = f->is_socket ? recv(f->fd, buf + got, max - got, MSG_DONTWAIT)
@@ -52,6 +53,9 @@ int64_t mig_fd_read(const struct mig_fd *f, uint8_t *buf, size_t min, size_t max
             if (rc < 0) {
                 return rc;
             }
+        } else if (errno == ECONNRESET && !was_reset) {
+            /* a unix socket says so before it gives out what the peer had said */
+            was_reset = true;
         } else if (errno != EINTR) {
             return -errno;
         }

@@ -167,7 +167,7 @@ struct mig_ram_parser {
 };
 
 /* Parses one burst of PAGE and ZERO records, all of one block (`current`). After an error
- * `current` is the block of the record that is wrong, -1 when it has none. */
+ * there are no pages, and `current` is the block of the record that is wrong, -1 for none. */
 int mig_ram_parse(struct mig_ram_parser *p, const uint8_t *buf, size_t len);
 
 /* Puts n parsed pages where they belong and sets their bits in `received`. Zeros are not written

@@ -112,6 +112,14 @@ static int64_t find_block(const struct mig_ram_parser *p, const uint8_t *name, s
     return MIG_E_RAM_UNKNOWN_BLOCK;
 }
 
+/* `current` tells where the error is; the pages before it are of no use any more. */
+static int stop_error(struct mig_ram_parser *p, int64_t block, int error)
+{
+    p->current = block;
+    p->npages = p->nfill = 0;
+    return error;
+}
+
 static int stop_more(struct mig_ram_parser *p, size_t need)
 {
     p->need = need;
@@ -155,19 +163,17 @@ int mig_ram_parse(struct mig_ram_parser *p, const uint8_t *buf, size_t len)
             }
             block = find_block(p, rec + MIG_RAM_WORD + 1, rec[MIG_RAM_WORD]);
             if (block < 0) {
-                p->current = -1;
-                return (int)block;
+                return stop_error(p, -1, (int)block);
             }
             if (p->npages && block != p->current) {
                 return MIG_RAM_STOP_SWITCH;
             }
         } else if (block < 0) {
-            return MIG_E_RAM_NO_BLOCK;
+            return stop_error(p, -1, MIG_E_RAM_NO_BLOCK);
         }
         page = (word & ~mask) / p->page_size;
         if (page >= p->blocks[block].npages) {
-            p->current = block;
-            return MIG_E_RAM_BAD_OFFSET;
+            return stop_error(p, block, MIG_E_RAM_BAD_OFFSET);
         }
         if (left < head + body) {
             return stop_more(p, head + body);

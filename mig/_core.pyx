@@ -316,6 +316,7 @@ cdef class Pages:
 # ---- outgoing bytes --------------------------------------------------------------------------
 
 @cython.final
+@cython.no_gc  # so that refs is whole in __dealloc__
 cdef class OutQueue:
     """Bytes on their way out, in wire order: headers by copy, pages by reference."""
     cdef mig_out c
@@ -548,6 +549,7 @@ cdef class RamParser:
 
 
 @cython.final
+@cython.no_gc  # so that parser is there in __dealloc__
 cdef class PageLog:
     """The pages of a stream file while it is written: each page has one record, rewritten in
     place (csrc/pagelog.c). Shares the block table of ``parser``."""

@@ -47,6 +47,8 @@ def _addresses(uri: TcpUri, *, passive: bool) -> list[tuple[int, tuple[Any, ...]
         found = socket.getaddrinfo(uri.host or None, uri.port, type=socket.SOCK_STREAM, flags=flags)
     except socket.gaierror as error:
         raise ChannelError(f"{uri}: {error.strerror}") from error
+    except UnicodeError as error:
+        raise ChannelError(f"{uri}: not a host name") from error
     return [(family, address) for family, _, _, _, address in found]
 
 

@@ -91,7 +91,7 @@ def _as_dict(file: str, image: StreamImage) -> dict[str, Any]:
 def _show(image: StreamImage) -> None:
     # a pipe gets whole lines, however long
     # and names from the stream are text, not markup
-    console = Console(soft_wrap=True, highlight=False, markup=False)
+    console = Console(soft_wrap=True, highlight=False, markup=False, emoji=False)
     blocks = image.blocks
     total = sum(b.used_length for b in blocks)
     pages = sum(b.data + b.zero + b.missing for b in blocks)

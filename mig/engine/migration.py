@@ -43,7 +43,8 @@ class Migration(ABC):
         # a signal handler may call cancel() while the same thread is in it
         self._lock = threading.RLock()
         self._done = threading.Event()
-        self._cancel = Cancel()
+        # made by _launch(): a migration that never starts holds nothing
+        self._cancel: Cancel
         self._thread: threading.Thread | None = None
         self._error: MigError | None = None
         self._counters = RamCounters()
@@ -100,6 +101,7 @@ class Migration(ABC):
     def _launch(self) -> None:
         with self._lock:
             self._machine.feed(Input.START)
+            self._cancel = Cancel()
         self._mark("start")
         self._thread = threading.Thread(target=self._main, name=self.thread_name, daemon=True)
         self._thread.start()

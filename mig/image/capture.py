@@ -47,9 +47,14 @@ class StreamCapture:
     def __init__(self, path: str | os.PathLike[str], *, fsync: bool = False) -> None:
         self.path = Path(path)
         self._fsync = fsync
-        with contextlib.suppress(FileNotFoundError):
-            if not stat.S_ISREG(self.path.stat().st_mode):
-                raise ChannelError(f"{self.path} exists and is not a regular file")
+        try:
+            regular = stat.S_ISREG(self.path.stat().st_mode)
+        except FileNotFoundError:
+            regular = True
+        except OSError as error:
+            raise ChannelError(f"{self.path}: {error.strerror}") from error
+        if not regular:
+            raise ChannelError(f"{self.path} exists and is not a regular file")
         self._partial: Path | None = None
         self._fd = self._open()
         self._configuration: Configuration | None = None
@@ -72,7 +77,8 @@ class StreamCapture:
             raise ChannelError(f"{self.path}: {error.strerror}") from error
 
     def _beside(self) -> Path:
-        return self.path.with_name(f".{self.path.name}.{secrets.token_hex(4)}.partial")
+        # the name of the file itself may be as long as a name can be
+        return self.path.with_name(f".mig-{secrets.token_hex(8)}.partial")
 
     # ---- what the loader says ---------------------------------------------------------------
 
@@ -179,6 +185,11 @@ class StreamCapture:
                 self._partial.unlink()
             self._partial = None
         self.close()
+
+    def __del__(self) -> None:
+        # of a capture that no migration ever used
+        if hasattr(self, "_fd"):
+            self.abort()
 
     def close(self) -> None:
         """Release the descriptor."""

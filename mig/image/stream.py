@@ -98,18 +98,13 @@ class StreamImage:
         self.path = Path(path)
         self._map = _map_file(self.path, offset)
         self._view = memoryview(self._map)
-        index = _Index(offset)
-        counters = RamCounters()
-        with self._view[offset:] as stream:
-            self._map.madvise(mmap.MADV_SEQUENTIAL)
-            reader = StreamReader(data=stream)
-            loader = StreamLoader(
-                reader, index, on_command=_ignore, counters=counters, page_size=page_size
-            )
-            loader.run()
-        self._map.madvise(mmap.MADV_NORMAL)
-        self._index = index
         self._handed_out: list[_core.Pages] = []
+        try:
+            index, counters = self._read(offset, page_size)
+        except BaseException:
+            self.close()
+            raise
+        self._index = index
         self.configuration: Configuration | None = index.configuration
         self.ram_section_id = index.section_id
         self.footers = index.footers
@@ -118,6 +113,21 @@ class StreamImage:
         self.nbytes = index.state.offset + len(index.state.raw)
         #: PAGE and ZERO records; more than there are pages when pages were sent again
         self.records = counters.normal + counters.fill
+
+    def _read(self, offset: int, page_size: int) -> tuple[_Index, RamCounters]:
+        index, counters = _Index(offset), RamCounters()
+        self._map.madvise(mmap.MADV_SEQUENTIAL)
+        with self._view[offset:] as stream:
+            reader = StreamReader(data=stream)
+            try:
+                StreamLoader(
+                    reader, index, on_command=_ignore, counters=counters, page_size=page_size
+                ).run()
+            finally:
+                # an error's traceback holds the reader
+                reader.close()
+        self._map.madvise(mmap.MADV_NORMAL)
+        return index, counters
 
     # ---- looking ----------------------------------------------------------------------------
 
@@ -219,7 +229,9 @@ def _map_file(path: Path, offset: int) -> mmap.mmap:
         with path.open("rb") as file:
             nbytes = os.fstat(file.fileno()).st_size
             if nbytes <= offset:
-                raise TruncatedError(f"{path} has {nbytes} bytes: no stream starts at {offset}")
+                raise TruncatedError(
+                    f"{path} has {nbytes} bytes: no stream starts at {offset}", offset=0
+                )
             return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     except OSError as error:
         raise ChannelError(f"{path}: {error.strerror or error}") from error

@@ -159,9 +159,8 @@ class DeviceTail:
         self._scanned = 0
         self._candidates: list[int] = []
         self._walk = FooterWalk()
-        # why the description that was found last does not fit, and where it ends
-        self._misfit: StreamError | None = None
-        self._misfit_end = -1
+        # place of the description that was found last and does not fit, its end, and why
+        self._misfit: tuple[int, int, StreamError] | None = None
 
     def __len__(self) -> int:
         return len(self._raw)
@@ -184,7 +183,7 @@ class DeviceTail:
             except DescriptionError:
                 continue
             except StreamError as error:
-                self._misfit, self._misfit_end = error, at + 6 + len(text)
+                self._misfit = (at, at + 6 + len(text), error)
         self._candidates = waiting
         return None
 
@@ -215,15 +214,17 @@ class DeviceTail:
     def _cut(self, at: int, text: bytes, description: Description) -> DeviceState:
         """The state whose description is at ``at``; StreamError unless they agree."""
         raw = bytes(self._raw[: at + 6 + len(text)])
-        try:
-            sections = self._split(raw, at, description)
-        except StreamError:
-            # QEMU never checks the sizes, so a slip in a device's description must not cost the
-            # VM as long as the footers lead to its end.
-            if not self._footers or footer_walk(raw) != at + 1:
-                raise
-            sections = None
-        return DeviceState(self._offset, raw, sections, text)
+        return DeviceState(self._offset, raw, self._split(raw, at, description), text)
+
+    def _end_with_misfit(self, raw: bytes, at: int, error: StreamError) -> DeviceState:
+        """The state that ends with a description, at ``at``, which does not agree with it.
+
+        QEMU never checks the sizes, so a slip in a device's description must not cost the VM as
+        long as the footers lead to its end.
+        """
+        if not self._footers or footer_walk(raw) != at + 1:
+            raise error
+        return DeviceState(self._offset, raw, None, raw[at + 6 :])
 
     def _split(self, raw: bytes, end: int, description: Description) -> tuple[DeviceSection, ...]:
         """Cut raw[:end] into the described devices; StreamError where they do not agree."""
@@ -271,7 +272,7 @@ class DeviceTail:
         That is when the bytes so far are a whole device state without a description, or end with
         a description that does not fit.
         """
-        if self._misfit_end == len(self._raw):
+        if self._misfit is not None and self._misfit[1] == len(self._raw):
             return True
         if not self._footers or self._raw[-1:] != bytes([SectionType.EOF]):
             return False
@@ -284,8 +285,8 @@ class DeviceTail:
         Accepts what QEMU's loader accepts: a stream that ends with its EOF byte.
         """
         raw = bytes(self._raw)
-        if self._misfit is not None and self._misfit_end == len(raw):
-            raise self._misfit
+        if self._misfit is not None and self._misfit[1] == len(raw):
+            return self._end_with_misfit(raw, self._misfit[0], self._misfit[2])
         if self._footers:
             end = footer_walk(raw)
         else:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Final, Protocol
 
 from mig.errors import IdleTimeoutError, MismatchError, UnsupportedError
@@ -89,14 +90,24 @@ class StreamLoader:
             self._load_item()
         self._load_devices()
 
+    @staticmethod
+    @contextmanager
+    def _located(at: int, section: str | None) -> Iterator[None]:
+        """The target knows what does not fit it, but not where in the stream that stands."""
+        try:
+            yield
+        except MismatchError as error:
+            raise MismatchError(
+                error.message, offset=at, section=error.section or section, block=error.block
+            ) from error
+
     # ---- start ------------------------------------------------------------------------------
 
     def _load_start(self) -> None:
         reader = self._reader
         FileHeader.read(reader)
-        configuration = None
+        configuration, at = None, reader.offset
         if reader.peek() == SectionType.CONFIGURATION:
-            at = reader.offset
             reader.u8("the configuration section")
             configuration = Configuration.read(reader)
             if configuration.page_bits is not None:
@@ -105,7 +116,8 @@ class StreamLoader:
                 raise UnsupportedError(
                     f"the stream needs {name}", capability=name, offset=at, section="configuration"
                 )
-        self._target.configure(configuration)
+        with self._located(at, "configuration"):
+            self._target.configure(configuration)
 
     # ---- sections and commands up to the end of RAM -----------------------------------------
 
@@ -152,7 +164,8 @@ class StreamLoader:
         self._ram_id = header.section_id
         self._ram.load_payload()
         self._footer()
-        self._target.ram_started(header.section_id, bool(self._footers))
+        with self._located(at, header.idstr):
+            self._target.ram_started(header.section_id, bool(self._footers))
 
     def _continue_section(self, at: int, kind: SectionType) -> None:
         section_id = self._reader.u32("a section header")
@@ -203,10 +216,8 @@ class StreamLoader:
         state = tail.feed(reader.take(MAX_DEVICE_STATE))
         while state is None:
             state = tail.feed(reader.take(MAX_DEVICE_STATE)) if self._more(tail) else tail.finish()
-        try:
+        with self._located(at, None):
             self._target.load_devices(state)
-        except MismatchError as error:
-            raise MismatchError(error.message, offset=at, section=error.section) from error
 
     def _more(self, tail: DeviceTail) -> bool:
         """Wait for more device state; False at the end of the stream."""

@@ -60,6 +60,11 @@ class StreamReader:
         if source is not None:
             self.buffer = bytearray(buffer_size)
 
+    def close(self) -> None:
+        """Let go of the buffer; nothing is left to be read."""
+        self._base, self._start, self._end, self._eof = self.offset, 0, 0, True
+        self.buffer = b""
+
     # ---- position ---------------------------------------------------------------------------
 
     @property

@@ -58,4 +58,8 @@ class StreamWriter:
     def flush(self) -> None:
         """Send what is queued."""
         if self._out.nbytes:
-            self._sent += self._sink.send(self._out)
+            try:
+                self._sent += self._sink.send(self._out)
+            finally:
+                # what was not sent will not be: the pages are free again
+                self._out.clear()
