@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
@@ -41,6 +42,9 @@ class RamBlock:
         if buffer is None:
             flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
             buffer = self._mapping = mmap.mmap(-1, used_length, flags=flags)
+            # As QEMU does for its RAM: first touch of small pages is what loading would wait for.
+            with contextlib.suppress(OSError):
+                self._mapping.madvise(mmap.MADV_HUGEPAGE)
         self._view = memoryview(buffer)
         self._buffer = buffer
         if self._view.nbytes != used_length:

@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Turns results of pytest-benchmark into a page of tables.
+
+python benchmarks/report.py RESULTS.json [MORE.json ...] > benchmarks/RESULTS.md
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+_COMMAND = (
+    "pytest benchmarks --benchmark-json=bench.json && "
+    "python benchmarks/report.py bench.json > benchmarks/RESULTS.md"
+)
+_ENDS = ("source", "destination")
+
+Benchmark = dict[str, Any]
+
+
+def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> Iterator[str]:
+    names = list(head)
+    yield "| " + " | ".join(names) + " |"
+    yield "|---" + "|---:" * (len(names) - 1) + "|"
+    for row in rows:
+        yield "| " + " | ".join(row) + " |"
+
+
+def _time(seconds: float) -> str:
+    for unit, scale in (("s", 1.0), ("ms", 1e3), ("µs", 1e6)):
+        if seconds * scale >= 1:
+            return f"{seconds * scale:.3g} {unit}"
+    return f"{seconds * 1e9:.3g} ns"
+
+
+def _is_migration(benchmark: Benchmark) -> bool:
+    return "mib" in benchmark["extra_info"]
+
+
+def _peers(benchmark: Benchmark) -> list[str]:
+    return [
+        key.removeprefix("seconds ")
+        for key in benchmark["extra_info"]
+        if key.startswith("seconds ")
+    ]
+
+
+def _kernel_row(benchmark: Benchmark, peers: list[str]) -> Iterator[str]:
+    info, seconds = benchmark["extra_info"], benchmark["stats"]["median"]
+    yield f"`{benchmark['name'].removeprefix('test_')}`"
+    yield _time(seconds)
+    yield f"{info['nbytes'] / seconds / 1e9:.3g}"
+    for peer in peers:
+        ratio = info.get(f"ratio {peer}")
+        yield "" if ratio is None else f"{ratio:.2f}"
+
+
+def _kernels(benchmarks: list[Benchmark]) -> Iterator[str]:
+    peers = list(dict.fromkeys(peer for b in benchmarks for peer in _peers(b)))
+    head = ["kernel", "a round", "GB/s", *(f"{peer} takes x" for peer in peers)]
+    yield "## Kernels"
+    yield ""
+    yield (
+        "GB/s counts the bytes that a kernel stands for (pages or bitmap words), read or not. "
+        "A number in the last columns says how many times as long the peer takes for the same "
+        "bytes in the same run: above 1, mig is faster."
+    )
+    yield ""
+    yield from _table(head, (_kernel_row(b, peers) for b in benchmarks))
+
+
+def _cpu(info: dict[str, Any], who: str, end: str) -> str:
+    per_gib = 1024 / info["mib"]
+    user, system = (info[f"cpu {who} {end} {mode}"] * per_gib for mode in ("user", "system"))
+    return f"{user:.2f} + {system:.2f}"
+
+
+def _elsewhere(info: dict[str, Any], who: str) -> float:
+    """Processor seconds of neither end while the migration ran."""
+    modes = ("user", "system")
+    ends = sum(info[f"cpu {who} {end} {mode}"] for end in _ENDS for mode in modes)
+    return max(0.0, float(info[f"cpu {who} machine"] - ends))
+
+
+def _migration_row(benchmark: Benchmark) -> Iterator[str]:
+    info = benchmark["extra_info"]
+    yield f"`{benchmark['name'].removeprefix('test_')}`"
+    yield info["qemu"]
+    yield f"{info['mib']}"
+    yield info["folder"]
+    yield _time(info["total mig"])
+    yield _time(info["total qemu"])
+    yield f"**{info['ratio total qemu']:.2f}**"
+    yield f"{info['ratio qemu']:.2f}"
+    for end in _ENDS:
+        yield _cpu(info, "mig", end)
+        yield _cpu(info, "qemu", end)
+    yield f"{_elsewhere(info, 'mig'):.2f} / {_elsewhere(info, 'qemu'):.2f}"
+
+
+def _migrations(benchmarks: list[Benchmark]) -> Iterator[str]:
+    yield "## Migrations"
+    yield ""
+    yield (
+        "Median total-time of the source, mig at one end (`receive`, `send`) or at both, beside "
+        "QEMU at both ends in turn with it; both processes on this machine, over a unix socket "
+        "with a return path. A factor (x) above 1: mig is faster. CPU: seconds for each GiB, user "
+        "+ system. Others' CPU: seconds that the machine was busy with neither end while the "
+        "migration ran (with the host's steal); where it is not small the times are disturbed."
+    )
+    yield ""
+    head = ["migration", "QEMU", "MiB", "file on", "with mig", "QEMU alone", "total x", "wall x"]
+    head += [f"CPU {end}, {who}" for end in _ENDS for who in ("mig", "QEMU")]
+    head.append("others' CPU, mig / QEMU")
+    yield from _table(head, map(_migration_row, benchmarks))
+
+
+def report(results: list[dict[str, Any]]) -> Iterator[str]:
+    """Yield the lines of the page."""
+    machine = results[0]["machine_info"]["mig"]
+    benchmarks = [benchmark for result in results for benchmark in result["benchmarks"]]
+    migrations = [b for b in benchmarks if _is_migration(b)]
+    kernels = [b for b in benchmarks if not _is_migration(b)]
+    versions = sorted({b["extra_info"]["qemu"] for b in migrations})
+    yield "# Benchmarks"
+    yield ""
+    yield f"Regenerate: `{_COMMAND}`"
+    yield ""
+    yield f"- {machine['cpu']}, {machine['cpus']} CPUs, Linux {machine['kernel']}"
+    if versions:
+        yield f"- QEMU {', '.join(versions)}"
+    yield f"- {results[0]['datetime'][:10]}; machines drift: only ratios within a run mean anything"
+    if machine["smoke"]:
+        yield "- **smoke run: too short to mean anything**"
+    for part, chosen in ((_migrations, migrations), (_kernels, kernels)):
+        if chosen:
+            yield ""
+            yield from part(chosen)
+
+
+def main(*names: str) -> None:
+    if not names:
+        sys.exit(__doc__)
+    print("\n".join(report([json.loads(Path(name).read_text()) for name in names])))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
