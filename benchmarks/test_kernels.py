@@ -291,7 +291,7 @@ def test_page_log(
     data = memoryview(records)
     parser = _parser(sizes.cold_pages)
     fd = os.open(fast_folder / "log", os.O_RDWR | os.O_CREAT, 0o600)
-    logs = [_core.PageLog(fd, parser, 64)]
+    logs = [_core.PageLog(fd, parser)]
 
     def put(at: int) -> None:
         logs[0].put(data, at)
@@ -299,7 +299,7 @@ def test_page_log(
     def renew(_: str) -> None:
         if file == "new":
             os.ftruncate(fd, 0)
-            logs[0] = _core.PageLog(fd, parser, 64)
+            logs[0] = _core.PageLog(fd, parser)
 
     def pwrite() -> None:
         for at in range(0, len(data), BURST):

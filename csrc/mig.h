@@ -182,14 +182,50 @@ void mig_ram_place(const struct mig_kernels *k, const struct mig_pages *pages, u
 size_t mig_ram_index(int64_t *where, int64_t start, const uint64_t *index, const int64_t *src,
                      size_t n);
 
+/* ---- appender (appender.c): a file that grows at its end, and is changed before it ----------- */
+
+enum { MIG_CHUNK = 1 << 20, MIG_NCHUNKS = 4 };
+
+struct mig_appender {
+    int fd;
+    int direct_fd;  /* the same file with O_DIRECT, -1: write through the page cache */
+    uint64_t aio;   /* context of kernel AIO, 0: none */
+    uint8_t *chunks;
+    size_t current; /* the chunk that is being filled */
+    int64_t base;   /* its file offset */
+    size_t used;    /* bytes in it */
+    bool busy[MIG_NCHUNKS];
+    long nbusy;
+    int64_t grown;  /* length that the file was given ahead */
+    int error;      /* of a chunk that came back */
+};
+
+/* The descriptors stay the caller's. */
+int mig_appender_open(struct mig_appender *a, int fd, int direct_fd);
+/* Writes what is not written yet and gives the file its length; 0 or -errno. */
+int mig_appender_finish(struct mig_appender *a);
+void mig_appender_close(struct mig_appender *a);
+
+static inline int64_t mig_appender_tail(const struct mig_appender *a)
+{
+    return a->base + (int64_t)a->used;
+}
+
+int mig_append(struct mig_appender *a, const void *bytes, size_t nbytes);
+/* Changes bytes before the tail. */
+int mig_overwrite(struct mig_appender *a, int64_t offset, const void *bytes, size_t nbytes);
+/* Has the blocks around that place read, when mig_overwrite() would have to wait for them. */
+void mig_overwrite_soon(const struct mig_appender *a, int64_t offset, size_t nbytes);
+/* pwrite until done; 0 or -errno. */
+int mig_pwrite_all(int fd, const void *bytes, size_t nbytes, int64_t offset);
+
 /* ---- page log (pagelog.c): a stream file whose pages are rewritten in place ------------------ */
 
-/* The records of a stream file as they are laid down: a page gets a record at `tail` when it
+/* The records of a stream file as they are laid down: a page gets a record at the tail when it
  * first has contents and keeps that place, so the file never holds a page twice. */
 struct mig_pagelog {
-    int fd;
-    int64_t tail;    /* file offset of the next new record */
-    int64_t current; /* the block that the record at tail is in, -1 none */
+    struct mig_appender file;
+    int64_t current; /* the block that the record at the tail is in, -1 none */
     size_t page_size;
     const uint8_t *zeros; /* page_size zero bytes */
 };
@@ -201,8 +237,6 @@ int mig_pagelog_put(struct mig_pagelog *log, int64_t number, const struct mig_ra
 /* Appends a ZERO record for every page of the block that was sent and has no contents. */
 int mig_pagelog_zeros(struct mig_pagelog *log, int64_t number, const struct mig_ram_block *block,
                       const int64_t *where);
-/* pwrite until done; 0 or -errno. */
-int mig_pwrite_all(int fd, const void *bytes, size_t nbytes, int64_t offset);
 
 /* ---- descriptors (fdio.c) ------------------------------------------------------------------- */
 

@@ -26,6 +26,7 @@ from mig.errors import (
     CancelledError, ChannelError, IdleTimeoutError, KernelError, MigError,
 )
 
+
 class RamRecordError(MigError):
     """A RAM record that cannot be: the loader adds offset and section."""
 
@@ -551,19 +552,20 @@ cdef class RamParser:
 @cython.final
 @cython.no_gc  # so that parser is there in __dealloc__
 cdef class PageLog:
-    """The pages of a stream file while it is written: each page has one record, rewritten in
-    place (csrc/pagelog.c). Shares the block table of ``parser``."""
+    """A stream file while it is written: each page has one record, rewritten in place
+    (csrc/pagelog.c). Shares the block table of ``parser``.
+
+    direct_fd: the same file opened with O_DIRECT, -1 to write through the page cache
+    """
     cdef mig_pagelog c
     cdef RamParser parser
     cdef int64_t **where
     cdef uint8_t *zeros
 
-    def __cinit__(self, int fd, RamParser parser not None, int64_t tail):
+    def __cinit__(self, int fd, RamParser parser not None, *, int direct_fd=-1):
         cdef size_t i
         cdef uint64_t npages
         self.parser = parser
-        self.c.fd = fd
-        self.c.tail = tail
         self.c.current = -1
         self.c.page_size = parser.c.page_size
         self.zeros = <uint8_t *>calloc(1, parser.c.page_size)
@@ -571,6 +573,7 @@ cdef class PageLog:
         if self.zeros == NULL or self.where == NULL:
             raise MemoryError
         self.c.zeros = self.zeros
+        check(mig_appender_open(&self.c.file, fd, direct_fd))
         for i in range(parser.c.nblocks):
             npages = parser.table[i].npages
             self.where[i] = <int64_t *>calloc(<size_t>(npages or 1), sizeof(int64_t))
@@ -579,6 +582,7 @@ cdef class PageLog:
 
     def __dealloc__(self):
         cdef size_t i
+        mig_appender_close(&self.c.file)
         if self.where != NULL:
             for i in range(self.parser.c.nblocks):
                 free(self.where[i])
@@ -587,7 +591,13 @@ cdef class PageLog:
 
     @property
     def tail(self):
-        return self.c.tail
+        """Length of the file so far."""
+        return mig_appender_tail(&self.c.file)
+
+    def append(self, const uint8_t[::1] data not None):
+        """Writes bytes that are no page records."""
+        if data.shape[0]:
+            check(mig_append(&self.c.file, &data[0], <size_t>data.shape[0]))
 
     def put(self, data, size_t start):
         """Writes the last burst of the parser; data and start are those it parsed."""
@@ -610,7 +620,7 @@ cdef class PageLog:
         finally:
             PyBuffer_Release(&view)
 
-    def finish(self):
+    def put_zeros(self):
         """Appends the ZERO records of all pages that were sent and have no contents."""
         cdef size_t i
         cdef int rc
@@ -619,6 +629,13 @@ cdef class PageLog:
                 rc = mig_pagelog_zeros(&self.c, <int64_t>i, &self.parser.c.blocks[i],
                                        self.where[i])
             check(rc)
+
+    def finish(self):
+        """Writes all that is not written yet."""
+        cdef int rc
+        with nogil:
+            rc = mig_appender_finish(&self.c.file)
+        check(rc)
 
 
 # ---- descriptors -----------------------------------------------------------------------------

@@ -109,9 +109,17 @@ cdef extern from "mig.h" nogil:
     size_t mig_ram_index(int64_t *where, int64_t start, const uint64_t *index,
                          const int64_t *src, size_t n)
 
+    struct mig_appender:
+        pass
+
+    int mig_appender_open(mig_appender *a, int fd, int direct_fd)
+    int mig_appender_finish(mig_appender *a)
+    void mig_appender_close(mig_appender *a)
+    int64_t mig_appender_tail(const mig_appender *a)
+    int mig_append(mig_appender *a, const void *data, size_t nbytes)
+
     struct mig_pagelog:
-        int fd
-        int64_t tail
+        mig_appender file
         int64_t current
         size_t page_size
         const uint8_t *zeros

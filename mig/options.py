@@ -44,11 +44,16 @@ INCOMING_CAPABILITIES = frozenset({Capability.RETURN_PATH, Capability.SWITCHOVER
 REQUIRES = ((Capability.SWITCHOVER_ACK, Capability.RETURN_PATH),)
 
 
-def _number(raw: object, *, whole: bool) -> float:
-    """The value of a parameter, which a command line gives as text."""
+def _value(raw: object, default: float) -> float:
+    """The value of a parameter, which a command line gives as text, of the default's type."""
+    if isinstance(default, bool):
+        switches: dict[object, bool] = {"on": True, "off": False, True: True, False: False}
+        if not isinstance(raw, (bool, str)) or raw not in switches:
+            raise TypeError(raw)
+        return switches[raw]
     if isinstance(raw, bool) or not isinstance(raw, (int, float, str)):
         raise TypeError(raw)
-    return int(raw) if whole else float(raw)
+    return int(raw) if isinstance(default, int) else float(raw)
 
 
 def _parameter(name: str, unit: str, low: float, high: float, doc: str) -> dict[str, Any]:
@@ -82,6 +87,13 @@ class Parameters:
         ),
     )
 
+    direct_io: bool = field(
+        default=False,
+        metadata=_parameter(
+            "direct-io", "on/off", 0, 1, "write files around the page cache where possible"
+        ),
+    )
+
     @classmethod
     def from_qmp(cls, values: Mapping[str, object]) -> Parameters:
         """Return parameters from QMP names; OptionError lists every violation."""
@@ -95,9 +107,10 @@ class Parameters:
                 continue
             spec = known[name]
             try:
-                value = _number(raw, whole=isinstance(spec.default, int))
+                value = _value(raw, getattr(cls(), spec.name))
             except (TypeError, ValueError, OverflowError):
-                violations.append(f"parameter '{name}' expects a number, not {raw!r}")
+                kind = "on or off" if spec.type == "bool" else "a number"
+                violations.append(f"parameter '{name}' expects {kind}, not {raw!r}")
                 continue
             low, high = spec.metadata["low"], spec.metadata["high"]
             if not low <= value <= high:

@@ -6,7 +6,7 @@ import contextlib
 import os
 import secrets
 import stat
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from mig import _core
@@ -37,16 +37,23 @@ _EOS = int(RamFlag.EOS).to_bytes(8, "big")
 class StreamCapture:
     """Writes what is received into ``path``; satisfies DestinationGuest.
 
-    fsync: have the file on stable storage before the source is told that all is well
+    fsync:     have the file on stable storage before the source is told that all is well
+    direct_io: write around the page cache where the file system can (QEMU's parameter direct-io):
+               cheaper and the host keeps its memory, at the pace of the disk; pages that the source
+               sends again cost a read of their surroundings
 
     The file holds every page once, however often the source sent it: a page that comes again is
     rewritten in its place. No guest memory is held, so the VM may be larger than this host. The
     file appears, complete, in commit(), or not at all.
     """
 
-    def __init__(self, path: str | os.PathLike[str], *, fsync: bool = False) -> None:
+    def __init__(
+        self, path: str | os.PathLike[str], *, fsync: bool = False, direct_io: bool = False
+    ) -> None:
         self.path = Path(path)
         self._fsync = fsync
+        self._direct_io = direct_io
+        self._direct_fd = -1
         try:
             regular = stat.S_ISREG(self.path.stat().st_mode)
         except FileNotFoundError:
@@ -63,7 +70,6 @@ class StreamCapture:
         self._footers = True
         self._switchover_start = False
         self._log: _core.PageLog | None = None
-        self._state: DeviceState | None = None
 
     def _open(self) -> int:
         """A file without a name where the file system can, else one that abort() removes."""
@@ -101,7 +107,8 @@ class StreamCapture:
     ) -> None:
         """Write a burst of pages."""
         if parser.npages:
-            self._open_log(parser).put(data, start)
+            with self._naming_file():
+                self._open_log(parser).put(data, start)
 
     def switchover_started(self) -> None:
         """Keep the command for the file."""
@@ -109,16 +116,23 @@ class StreamCapture:
 
     def load_devices(self, state: DeviceState) -> None:
         """Write the end of the file: zero pages, the end of RAM, the devices."""
-        self._state = state
-        if self._log is None:
-            self._log = self._open_log(_core.RamParser([], 1 << DEFAULT_PAGE_BITS))
-        self._log.finish()
         tail = [_EOS, self._footer()]
         if self._switchover_start:
             tail.append(Command(CommandType.SWITCHOVER_START).encode())
         tail += [encode_continuation(SectionType.END, self._section_id), _EOS, self._footer()]
         tail.append(state.raw)
-        self._write(b"".join(tail), self._log.tail)
+        with self._naming_file():
+            log = self._open_log(_core.RamParser([], 1 << DEFAULT_PAGE_BITS))
+            log.put_zeros()
+            log.append(b"".join(tail))
+            log.finish()
+
+    @contextlib.contextmanager
+    def _naming_file(self) -> Iterator[None]:
+        try:
+            yield
+        except ChannelError as error:
+            raise ChannelError(f"{self.path}: {error}") from error
 
     # ---- pieces -----------------------------------------------------------------------------
 
@@ -134,19 +148,14 @@ class StreamCapture:
             ram = SectionHeader(self._section_id, RAM_IDSTR, 0, RAM_VERSION)
             head += [ram.encode(SectionType.START), self._blocks.encode(), _EOS, self._footer()]
             head.append(encode_continuation(SectionType.PART, self._section_id))
-            prologue = b"".join(head)
-            self._write(prologue, 0)
-            self._log = _core.PageLog(self._fd, parser, len(prologue))
+            if self._direct_io:
+                # not every file system can
+                with contextlib.suppress(OSError):
+                    flags = os.O_WRONLY | os.O_DIRECT | os.O_CLOEXEC
+                    self._direct_fd = os.open(f"/proc/self/fd/{self._fd}", flags)
+            self._log = _core.PageLog(self._fd, parser, direct_fd=self._direct_fd)
+            self._log.append(b"".join(head))
         return self._log
-
-    def _write(self, data: bytes, offset: int) -> None:
-        view = memoryview(data)
-        try:
-            while len(view):
-                done = os.pwrite(self._fd, view, offset)
-                view, offset = view[done:], offset + done
-        except OSError as error:
-            raise ChannelError(f"{self.path}: {error.strerror}") from error
 
     # ---- ends -------------------------------------------------------------------------------
 
@@ -193,9 +202,11 @@ class StreamCapture:
 
     def close(self) -> None:
         """Release the descriptor."""
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+        self._log = None
+        for fd in (self._fd, self._direct_fd):
+            if fd >= 0:
+                os.close(fd)
+        self._fd = self._direct_fd = -1
 
 
 def _umask() -> int:

@@ -114,7 +114,7 @@ static void check_records(const struct mig_kernels *k, size_t page_size)
     int64_t src[NPAGES], *where = calloc(NPAGES, sizeof(*where));
     struct mig_pages from = {.base = memory, .npages = NPAGES, .page_size = page_size}, to = from;
     struct mig_out out = {.max_iov = 2 * NPAGES + 2, .arena_size = 4096};
-    struct mig_pagelog log = {.tail = 16, .current = -1, .page_size = page_size, .zeros = zeros};
+    struct mig_pagelog log = {.current = -1, .page_size = page_size, .zeros = zeros};
     struct mig_ram_parser p = {.blocks = &block, .nblocks = 1, .page_size = page_size,
                                .current = -1, .page = page, .src = src, .capacity = NPAGES};
     size_t at = 0;
@@ -147,11 +147,14 @@ static void check_records(const struct mig_kernels *k, size_t page_size)
     to.base = copy;
     mig_ram_place(k, &to, received, true, flat, page, src, NPAGES);
     CHECK(memcmp(copy, memory, NPAGES * page_size) == 0);
-    log.fd = memfd_create("log", 0);
+    CHECK(mig_appender_open(&log.file, memfd_create("log", 0), -1) == 0);
     CHECK(mig_pagelog_put(&log, 0, &block, where, flat, page, src, NPAGES) == 0);
     CHECK(mig_pagelog_put(&log, 0, &block, where, flat, page, src, NPAGES) == 0);
     CHECK(mig_pagelog_zeros(&log, 0, &block, where) == 0);
-    CHECK((size_t)log.tail - 16 == at);
+    CHECK((size_t)mig_appender_tail(&log.file) == at);
+    CHECK(mig_appender_finish(&log.file) == 0);
+    close(log.file.fd);
+    mig_appender_close(&log.file);
     free(memory);
     free(copy);
     free(zeros);

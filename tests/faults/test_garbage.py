@@ -19,7 +19,7 @@ from mig import _core
 
 gc.disable()
 parser = _core.RamParser([(b"ram", 4), (b"vga", 2)], 1024)
-log = _core.PageLog(os.memfd_create("log"), parser, 0)
+log = _core.PageLog(os.memfd_create("log"), parser)
 box = [log]
 box.append(box)
 del log, box

@@ -189,6 +189,7 @@ static void encode_again(const struct mig_ram_parser *p, struct guest *g)
 
 struct log {
     struct mig_pagelog c;
+    int fd;
     int64_t *where[NBLOCKS];
     uint8_t *zeros;
     bool ok; /* false once a fill byte was refused */
@@ -198,10 +199,11 @@ static void log_open(struct log *log, size_t page_size)
 {
     log->zeros = calloc(1, page_size);
     log->ok = true;
-    log->c = (struct mig_pagelog){.fd = memfd_create("log", MFD_CLOEXEC), .current = -1,
-                                  /* `where` is never 0 for a page that has a place */
-                                  .tail = 16, .page_size = page_size, .zeros = log->zeros};
-    CHECK(log->c.fd >= 0);
+    log->c = (struct mig_pagelog){.current = -1, .page_size = page_size, .zeros = log->zeros};
+    log->fd = memfd_create("log", MFD_CLOEXEC);
+    CHECK(log->fd >= 0);
+    CHECK(mig_appender_open(&log->c.file, log->fd, -1) == 0);
+    CHECK(mig_append(&log->c.file, "0123456789abcdef", 16) == 0);
     for (int i = 0; i < NBLOCKS; i++) {
         log->where[i] = calloc(blocks[i].npages, sizeof(int64_t));
     }
@@ -237,9 +239,10 @@ static void log_check(struct log *log, const struct guest *g)
     for (int i = 0; i < NBLOCKS; i++) {
         CHECK(mig_pagelog_zeros(&log->c, i, &blocks[i], log->where[i]) == 0);
     }
-    nbytes = (size_t)log->c.tail - 16;
+    CHECK(mig_appender_finish(&log->c.file) == 0);
+    nbytes = (size_t)mig_appender_tail(&log->c.file) - 16;
     file = malloc(nbytes);
-    CHECK(pread(log->c.fd, file, nbytes, 16) == (ssize_t)nbytes);
+    CHECK(pread(log->fd, file, nbytes, 16) == (ssize_t)nbytes);
     guest_open(&copy, g->page_size);
     parser_open(&p, g->page_size, 7);
     while (stop == MIG_RAM_STOP_FULL || stop == MIG_RAM_STOP_SWITCH) {
@@ -264,7 +267,8 @@ static void log_check(struct log *log, const struct guest *g)
 
 static void log_close(struct log *log)
 {
-    close(log->c.fd);
+    mig_appender_close(&log->c.file);
+    close(log->fd);
     free(log->zeros);
     for (int i = 0; i < NBLOCKS; i++) {
         free(log->where[i]);

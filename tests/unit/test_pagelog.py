@@ -33,10 +33,12 @@ class Writer:
         page_size: int = PAGE,
         tail: int = 100,
         capacity: int = 4096,
+        direct_fd: int = -1,
     ) -> None:
         self.file, self.blocks, self.page_size, self.start = file, blocks, page_size, tail
         self.parser = RamParser(list(blocks.items()), page_size, capacity)
-        self.log = PageLog(file.fileno(), self.parser, tail)
+        self.log = PageLog(file.fileno(), self.parser, direct_fd=direct_fd)
+        self.log.append(bytes(tail))
         self.oracle = Oracle(page_size)
         self._current: bytes | None = None
 
@@ -54,8 +56,9 @@ class Writer:
 
     def finish(self) -> bytes:
         """The records of the file."""
+        self.log.put_zeros()
         self.log.finish()
-        assert os.fstat(self.file.fileno()).st_size <= max(self.log.tail, self.start)
+        assert os.fstat(self.file.fileno()).st_size == self.log.tail
         return os.pread(self.file.fileno(), 1 << 30, self.start)
 
     def check(self) -> list[Record]:
@@ -169,7 +172,7 @@ def test_blocks_can_take_turns(file):
 
 
 def test_long_runs_of_rewritten_pages_are_written_whole(file):
-    """More pieces than one system call takes, from the burst and from the log's own zeros."""
+    """More pieces than one burst holds in order, from the burst and from the log's own zeros."""
     n = 1000
     writer = Writer(file, {b"a": n, b"b": 5})
     writer.put([Record(b"a", i, bytes([i % 255 + 1]) * PAGE) for i in range(n)])
@@ -239,8 +242,54 @@ def test_a_file_that_cannot_be_written_is_a_channel_error(tmp_path, contents):
 def test_a_full_device_is_a_channel_error():
     with open("/dev/full", "wb", buffering=0) as file:  # noqa: PTH123
         writer = Writer(file)
+        writer.put([Record(b"a", 0, data(1)), Record(b"a", 1, data(1))])
         with pytest.raises(ChannelError, match="No space left"):
-            writer.put([Record(b"a", 0, data(1)), Record(b"a", 1, data(1))])
+            writer.finish()
+
+
+BIG = 4096
+
+
+def big(value: int) -> bytes:
+    return value.to_bytes(4, "little") * (BIG // 4)
+
+
+@pytest.fixture(params=["cached", "direct"])
+def big_writer(tmp_path, request):
+    """A log of pages of 4 KiB, many chunks of them, written both ways."""
+    path = tmp_path / "file"
+    with path.open("w+b", buffering=0) as file:
+        direct_fd = -1
+        if request.param == "direct":
+            try:
+                direct_fd = os.open(path, os.O_WRONLY | os.O_DIRECT)
+            except OSError as error:
+                pytest.skip(f"the file system of {tmp_path} has no O_DIRECT: {error}")
+        try:
+            yield Writer(file, {b"a": 3000, b"b": 9}, page_size=BIG, direct_fd=direct_fd)
+        finally:
+            if direct_fd >= 0:
+                os.close(direct_fd)
+
+
+def test_chunks_are_written_and_changed_wherever_they_are(big_writer):
+    """On disk, in flight, in the chunk that is being filled, and across their borders."""
+    writer = big_writer
+    writer.put([Record(b"a", i, big(i)) for i in range(1, 2000)])
+    writer.put([Record(b"a", i, big(i + 7)) for i in range(1990, 2010)])
+    writer.put([Record(b"a", i, big(i + 8)) for i in range(1, 2000, 3)])
+    writer.put([Record(b"b", i, 0) for i in range(9)])
+    writer.put([Record(b"a", i, big(i + 9)) for i in range(1500, 2999)])
+    writer.put([Record(b"a", i, 0) for i in range(1, 2999, 50)])
+    assert len(writer.check()) == 2998 + 9
+
+
+def test_a_chunk_ends_exactly_where_the_file_does(big_writer):
+    writer = big_writer
+    writer.log.append(bytes((1 << 20) - writer.log.tail))
+    writer.start = 1 << 20
+    assert writer.finish() == b""
+    assert writer.log.tail == 1 << 20
 
 
 def test_a_burst_from_other_data_is_refused(file):
