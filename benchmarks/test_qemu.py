@@ -7,7 +7,8 @@ between two processes of one machine. The time is that from the start to the sou
 which comes after the destination has confirmed; `total` is the source's own figure for it
 (QEMU's total-time).
 
-The image that mig sends and the file that it keeps are on tmpfs, or where MIG_BENCH_DIR says.
+The image that mig sends and the file that it keeps are on tmpfs, or where MIG_BENCH_DIR says; a
+file on `disk` is in the folder for temporary files, written around the page cache.
 MIG_QEMU_10 names an unpacked QEMU 10.0; without it the installed QEMU is both peer and partner.
 """
 
@@ -253,8 +254,11 @@ class Stage:
     mib: memory of the guest
     """
 
-    def __init__(self, binary: QemuBinary, spec: GuestSpec, folder: Path, mib: int) -> None:
+    def __init__(
+        self, binary: QemuBinary, spec: GuestSpec, folder: Path, disk: Path, mib: int
+    ) -> None:
         self._binary, self._spec, self._folder = binary, spec, folder
+        self._kept = {"capture": folder / "kept", "disk": disk / "kept"}
         self.version = ".".join(map(str, binary.version))
         self._warm_mib = mib + mib // 8 + 64
         self.uri = f"unix:{folder / 'socket'}"
@@ -267,11 +271,9 @@ class Stage:
     def _destination_of(self, kind: str) -> Destination:
         if kind == "qemu":
             return QemuDestination(self._binary, self._spec, self._folder, self.uri)
-        return MigDestination(kind, self.uri, self.image if kind == "memory" else self._kept)
-
-    @property
-    def _kept(self) -> Path:
-        return self._folder / "kept"
+        if kind == "memory":
+            return MigDestination("memory", self.uri, self.image)
+        return MigDestination("capture", self.uri, self._kept[kind])
 
     def clear(self) -> None:
         """End the last migration's processes, and free what it took."""
@@ -281,7 +283,7 @@ class Stage:
         if self._destination is not None:
             self._destination.close()
             self._destination = None
-        for leftover in (self._kept, self._folder / "socket"):
+        for leftover in (*self._kept.values(), self._folder / "socket"):
             leftover.unlink(missing_ok=True)
 
     def prepare(self, source: Source, destination: str) -> None:
@@ -352,10 +354,16 @@ def running(binary: QemuBinary, spec: GuestSpec, fast_folder: Path) -> Iterator[
 
 @pytest.fixture(scope="module")
 def stage(
-    binary: QemuBinary, spec: GuestSpec, fast_folder: Path, running: QemuSource, plan: Plan
+    binary: QemuBinary,
+    spec: GuestSpec,
+    fast_folder: Path,
+    running: QemuSource,
+    plan: Plan,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Stage]:
     """The stage, with the guest captured once by mig: the image that mig sends."""
-    stage = Stage(binary, spec, fast_folder, plan.mib)
+    disk = tmp_path_factory.mktemp("disk")
+    stage = Stage(binary, spec, fast_folder, disk, plan.mib)
     destination = MigDestination("capture", stage.uri, stage.image)
     try:
         running.prepare(stage.uri)
@@ -419,12 +427,15 @@ def _migrations(
     compare.info["folder"] = folder_type
 
 
+@pytest.mark.parametrize("file", ["disk", "tmpfs"])
 def test_receive(
-    compare: Any, stage: Stage, plan: Plan, fast_folder_type: str, running: QemuSource
+    compare: Any, stage: Stage, plan: Plan, fast_folder_type: str, running: QemuSource, file: str
 ) -> None:
-    """QEMU to mig, into a file in memory; beside QEMU to QEMU."""
-    ends: Ends = {"mig": (running, "capture"), "qemu": (running, "qemu")}
-    _migrations(compare, stage, plan, fast_folder_type, ends)
+    """QEMU to mig, into a file on disk or in memory; beside QEMU to QEMU."""
+    kind = "disk" if file == "disk" else "capture"
+    ends: Ends = {"mig": (running, kind), "qemu": (running, "qemu")}
+    folder_type = "disk" if file == "disk" else fast_folder_type
+    _migrations(compare, stage, plan, folder_type, ends)
 
 
 def test_send(
@@ -435,7 +446,7 @@ def test_send(
     _migrations(compare, stage, plan, fast_folder_type, ends)
 
 
-@pytest.mark.parametrize("destination", ["capture", "memory"])
+@pytest.mark.parametrize("destination", ["disk", "memory"])
 def test_both_ends(
     compare: Any,
     stage: Stage,

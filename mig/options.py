@@ -88,9 +88,13 @@ class Parameters:
     )
 
     direct_io: bool = field(
-        default=False,
+        default=True,
         metadata=_parameter(
-            "direct-io", "on/off", 0, 1, "write files around the page cache where possible"
+            "direct-io",
+            "on/off",
+            0,
+            1,
+            "write captured VMs around the page cache where possible (off in QEMU)",
         ),
     )
 

@@ -41,7 +41,8 @@ def receive(
 ) -> None:
     """Be the destination of a migration; keep the VM in FILE.
 
-    With -p direct-io=on FILE is written around the page cache: cheaper where the disk is fast.
+    FILE is written around the page cache; with -p direct-io=off through it, which a slow disk may
+    ask for.
 
     FILE is an ordinary migration stream: `mig send` sends it, and so does QEMU's
     `-incoming "exec:cat FILE"`. It appears when everything is received, or not at all.

@@ -39,8 +39,8 @@ class StreamCapture:
 
     fsync:     have the file on stable storage before the source is told that all is well
     direct_io: write around the page cache where the file system can (QEMU's parameter direct-io):
-               cheaper and the host keeps its memory, at the pace of the disk; pages that the source
-               sends again cost a read of their surroundings
+               half the work and no memory of the host's, but at the pace of the disk; pages that
+               the source sends again cost a read of their surroundings
 
     The file holds every page once, however often the source sent it: a page that comes again is
     rewritten in its place. No guest memory is held, so the VM may be larger than this host. The
@@ -48,7 +48,7 @@ class StreamCapture:
     """
 
     def __init__(
-        self, path: str | os.PathLike[str], *, fsync: bool = False, direct_io: bool = False
+        self, path: str | os.PathLike[str], *, fsync: bool = False, direct_io: bool = True
     ) -> None:
         self.path = Path(path)
         self._fsync = fsync
