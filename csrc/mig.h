@@ -184,7 +184,7 @@ size_t mig_ram_index(int64_t *where, int64_t start, const uint64_t *index, const
 
 /* ---- appender (appender.c): a file that grows at its end, and is changed before it ----------- */
 
-enum { MIG_CHUNK = 1 << 20, MIG_NCHUNKS = 4 };
+enum { MIG_CHUNK = 1 << 20, MIG_NCHUNKS = 8 };
 
 struct mig_appender {
     int fd;
