@@ -47,7 +47,7 @@ class Mig:
 
     def __init__(self, *args: str, pass_fds: Sequence[int] = ()) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "mig", *args],
+            [sys.executable, "-P", "-m", "mig", *args],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
