@@ -31,7 +31,11 @@ print(_core.KERNELS.name)
 def run_python(code: str, kernel: str) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "MIG_KERNEL": kernel}
     return subprocess.run(
-        [sys.executable, "-P", "-c", code], env=environment, capture_output=True, text=True, check=False
+        [sys.executable, "-P", "-c", code],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
     )
 
 
