@@ -62,7 +62,7 @@ setup(
                 "mig._core",
                 ["mig/_core.pyx", *sources],
                 include_dirs=["csrc"],
-                depends=[str(path) for path in Path("csrc").glob("*.h")],
+                depends=[*map(str, Path("csrc").glob("*.h")), *map(str, Path("mig").glob("*.pxi"))],
                 extra_compile_args=[*compile_args, *cython_args],
                 extra_link_args=link_args,
             )

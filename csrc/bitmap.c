@@ -1,11 +1,10 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later
  * Bitmaps over 64-bit words. Bits past the size in the last word are ignored by every reader here
  * that takes a size in bits. */
-#include "kernels.h"
+#include <string.h>
 
-#ifdef MIG_X86
-#include <immintrin.h>
-#endif
+#include "endian.h"
+#include "kernels.h"
 
 static inline uint64_t mask_from(uint64_t bit) { return ~UINT64_C(0) << (bit % 64); }
 /* bits below `end` in the word that holds bit end - 1 */
@@ -66,6 +65,30 @@ uint64_t mig_bitmap_count(const struct mig_kernels *k, const uint64_t *words, ui
            (uint64_t)__builtin_popcountll(words[last] & mask_until(end));
 }
 
+uint64_t mig_bitmap_merge(const struct mig_kernels *k, uint64_t *dst, const uint64_t *src,
+                          uint64_t nbits)
+{
+    uint64_t fresh = k->merge(dst, src, (size_t)(nbits / 64));
+
+    if (nbits % 64) {
+        uint64_t last = src[nbits / 64] & mask_until(nbits);
+
+        fresh += k->merge(dst + nbits / 64, &last, 1);
+    }
+    return fresh;
+}
+
+void mig_bitmap_combine(const struct mig_kernels *k, enum mig_bitop op, uint64_t *dst,
+                        const uint64_t *src, uint64_t nbits)
+{
+    size_t nwords = mig_bitmap_nwords(nbits);
+
+    k->combine(op, dst, src, nwords);
+    if (nbits % 64) {
+        dst[nwords - 1] &= mask_until(nbits);
+    }
+}
+
 /* First bit at or after `from` that is set in word ^ flip; flip of all ones searches for clear. */
 static uint64_t next_bit(const uint64_t *words, uint64_t nbits, uint64_t from, uint64_t flip)
 {
@@ -95,39 +118,37 @@ uint64_t mig_bitmap_next_clear(const uint64_t *words, uint64_t nbits, uint64_t f
     return next_bit(words, nbits, from, ~UINT64_C(0));
 }
 
-size_t mig_bitmap_take(uint64_t *words, uint64_t nbits, uint64_t from, uint64_t *out, size_t max)
+/* Changes the bits first..first + nbits, word by word; returns how many have changed. */
+static uint64_t change_atomic(uint64_t *words, uint64_t first, uint64_t nbits, bool set)
 {
-    uint64_t bit = mig_bitmap_next_set(words, nbits, from), nwords = mig_bitmap_nwords(nbits);
-    size_t n = 0;
+    uint64_t end = first + nbits, changed = 0;
 
-    if (bit == nbits || max == 0) {
+    if (nbits == 0) {
         return 0;
     }
-    for (uint64_t w = bit / 64; w < nwords; w++) {
-        uint64_t word = words[w];
+    for (uint64_t w = first / 64; w <= (end - 1) / 64; w++) {
+        uint64_t mask = ~UINT64_C(0), before;
 
-        if (w == bit / 64) {
-            word &= mask_from(bit);
+        mask &= w == first / 64 ? mask_from(first) : ~UINT64_C(0);
+        mask &= w == (end - 1) / 64 ? mask_until(end) : ~UINT64_C(0);
+        if (set) {
+            before = ~__atomic_fetch_or(words + w, mask, __ATOMIC_ACQ_REL);
+        } else {
+            before = __atomic_fetch_and(words + w, ~mask, __ATOMIC_ACQ_REL);
         }
-        if (w == nwords - 1) {
-            word &= mask_until(nbits);
-        }
-        for (; word; word &= word - 1) {
-            if (n == max) {
-                return n;
-            }
-            out[n++] = w * 64 + (uint64_t)__builtin_ctzll(word);
-            words[w] &= ~(word & -word);
-        }
+        changed += (uint64_t)__builtin_popcountll(before & mask);
     }
-    return n;
+    return changed;
 }
 
-bool mig_bitmap_set_atomic(uint64_t *words, uint64_t bit)
+uint64_t mig_bitmap_set_atomic(uint64_t *words, uint64_t first, uint64_t nbits)
 {
-    uint64_t mask = UINT64_C(1) << (bit % 64);
+    return change_atomic(words, first, nbits, true);
+}
 
-    return !(__atomic_fetch_or(words + bit / 64, mask, __ATOMIC_ACQ_REL) & mask);
+uint64_t mig_bitmap_clear_atomic(uint64_t *words, uint64_t first, uint64_t nbits)
+{
+    return change_atomic(words, first, nbits, false);
 }
 
 uint64_t mig_bitmap_drain(uint64_t *dst, uint64_t *src, size_t nwords)
@@ -147,83 +168,69 @@ uint64_t mig_bitmap_drain(uint64_t *dst, uint64_t *src, size_t nwords)
     return fresh;
 }
 
-uint64_t mig_popcount_scalar(const uint64_t *words, size_t nwords)
-{
-    uint64_t n = 0;
 
-    for (size_t w = 0; w < nwords; w++) {
-        n += (uint64_t)__builtin_popcountll(words[w]);
+size_t mig_bitmap_runs(const struct mig_kernels *k, const uint64_t *words, uint64_t nbits,
+                       uint64_t from, uint64_t *runs, size_t max, uint64_t budget)
+{
+    size_t nruns = k->edges(words, nbits, from, runs, 2 * max) / 2;
+
+    for (size_t i = 0; i < nruns; i++) {
+        uint64_t length = runs[2 * i + 1] - runs[2 * i];
+
+        if (length >= budget) {
+            runs[2 * i + 1] = runs[2 * i] + budget;
+            return i + (budget != 0);
+        }
+        budget -= length;
     }
-    return n;
+    return nruns;
 }
 
-uint64_t mig_merge_scalar(uint64_t *dst, const uint64_t *src, size_t nwords)
+void mig_bitmap_round(uint64_t *words, uint64_t nbits, uint64_t group)
 {
-    uint64_t fresh = 0;
+    uint64_t nwords = mig_bitmap_nwords(nbits), step = group / 64;
 
-    for (size_t w = 0; w < nwords; w++) {
-        fresh += (uint64_t)__builtin_popcountll(src[w] & ~dst[w]);
-        dst[w] |= src[w];
+    for (uint64_t w = 0; step && w < nwords; w += step) {
+        uint64_t any = 0, n = nwords - w < step ? nwords - w : step;
+
+        for (uint64_t i = 0; i < n; i++) {
+            any |= words[w + i] & (w + i == nwords - 1 ? mask_until(nbits) : ~UINT64_C(0));
+        }
+        if (any) {
+            memset(words + w, 0xff, (size_t)n * sizeof(*words));
+        }
     }
-    return fresh;
+    for (uint64_t w = 0; !step && w < nwords; w++) {
+        uint64_t word = words[w] & (w == nwords - 1 ? mask_until(nbits) : ~UINT64_C(0));
+
+        /* onto the lowest bit of each group, and from there over all of it */
+        for (uint64_t shift = 1; shift < group; shift *= 2) {
+            word |= word >> shift;
+        }
+        word &= ~UINT64_C(0) / ((UINT64_C(1) << group) - 1);
+        words[w] = word * ((UINT64_C(1) << group) - 1);
+    }
+    if (nbits) {
+        words[nwords - 1] &= mask_until(nbits);
+    }
 }
 
-#ifdef MIG_X86
-/* The same loops: with the popcnt instruction allowed the compiler does the rest. */
-MIG_TARGET_AVX2
-uint64_t mig_popcount_avx2(const uint64_t *words, size_t nwords)
+void mig_bitmap_to_wire(const uint64_t *words, uint64_t nbits, uint8_t *bytes)
 {
-    uint64_t a = 0, b = 0;
-    size_t w = 0;
+    for (uint64_t w = 0; w < mig_bitmap_nwords(nbits); w++) {
+        uint64_t word = words[w];
 
-    for (; w + 2 <= nwords; w += 2) {
-        a += (uint64_t)__builtin_popcountll(words[w]);
-        b += (uint64_t)__builtin_popcountll(words[w + 1]);
+        word &= w == (nbits - 1) / 64 ? mask_until(nbits) : ~UINT64_C(0);
+        mig_store_le64(bytes + 8 * w, word);
     }
-    if (w < nwords) {
-        a += (uint64_t)__builtin_popcountll(words[w]);
-    }
-    return a + b;
 }
 
-MIG_TARGET_AVX2
-uint64_t mig_merge_avx2(uint64_t *dst, const uint64_t *src, size_t nwords)
+void mig_bitmap_from_wire(uint64_t *words, uint64_t nbits, const uint8_t *bytes)
 {
-    uint64_t fresh = 0;
-
-    for (size_t w = 0; w < nwords; w++) {
-        fresh += (uint64_t)__builtin_popcountll(src[w] & ~dst[w]);
-        dst[w] |= src[w];
+    for (uint64_t w = 0; w < mig_bitmap_nwords(nbits); w++) {
+        words[w] = mig_load_le64(bytes + 8 * w);
     }
-    return fresh;
-}
-
-MIG_TARGET_AVX512
-uint64_t mig_popcount_avx512(const uint64_t *words, size_t nwords)
-{
-    __m512i a = _mm512_setzero_si512(), b = a;
-    size_t w = 0;
-
-    for (; w + 16 <= nwords; w += 16) {
-        a = _mm512_add_epi64(a, _mm512_popcnt_epi64(_mm512_loadu_si512(words + w)));
-        b = _mm512_add_epi64(b, _mm512_popcnt_epi64(_mm512_loadu_si512(words + w + 8)));
+    if (nbits) {
+        words[(nbits - 1) / 64] &= mask_until(nbits);
     }
-    return (uint64_t)_mm512_reduce_add_epi64(_mm512_add_epi64(a, b)) +
-           mig_popcount_avx2(words + w, nwords - w);
 }
-
-MIG_TARGET_AVX512
-uint64_t mig_merge_avx512(uint64_t *dst, const uint64_t *src, size_t nwords)
-{
-    __m512i fresh = _mm512_setzero_si512();
-    size_t w = 0;
-
-    for (; w + 8 <= nwords; w += 8) {
-        __m512i d = _mm512_loadu_si512(dst + w), s = _mm512_loadu_si512(src + w);
-
-        fresh = _mm512_add_epi64(fresh, _mm512_popcnt_epi64(_mm512_andnot_si512(d, s)));
-        _mm512_storeu_si512(dst + w, _mm512_or_si512(d, s));
-    }
-    return (uint64_t)_mm512_reduce_add_epi64(fresh) + mig_merge_avx2(dst + w, src + w, nwords - w);
-}
-#endif

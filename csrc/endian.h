@@ -15,6 +15,30 @@ static inline uint64_t mig_swap64(uint64_t x)
 #endif
 }
 
+/* To or from little-endian: its own inverse. */
+static inline uint64_t mig_little64(uint64_t x)
+{
+#if __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
+    return x;
+#else
+    return __builtin_bswap64(x);
+#endif
+}
+
+static inline uint64_t mig_load_le64(const uint8_t *p)
+{
+    uint64_t x;
+
+    memcpy(&x, p, sizeof(x));
+    return mig_little64(x);
+}
+
+static inline void mig_store_le64(uint8_t *p, uint64_t x)
+{
+    x = mig_little64(x);
+    memcpy(p, &x, sizeof(x));
+}
+
 static inline uint64_t mig_load_be64(const uint8_t *p)
 {
     uint64_t x;

@@ -24,9 +24,15 @@ enum mig_error {
     MIG_E_RAM_NO_BLOCK = -5020,     /* CONTINUE before any block was named */
     MIG_E_RAM_UNKNOWN_BLOCK = -5021,
     MIG_E_RAM_BAD_OFFSET = -5022,   /* a page that is not inside its block */
+    MIG_E_XBZRLE_TRUNCATED = -5030, /* the encoding ends within a run */
+    MIG_E_XBZRLE_LENGTH = -5031,    /* a run of no bytes, or a length of three bytes */
+    MIG_E_XBZRLE_PAST_PAGE = -5032, /* a run that goes past the page */
+    MIG_XBZRLE_OVERFLOW = -5033,    /* no error: the encoding does not fit */
 };
 
 /* ---- kernels (cpu.c): one table per instruction set, chosen by name ------------------------- */
+
+enum mig_bitop { MIG_BITOP_AND, MIG_BITOP_OR, MIG_BITOP_ANDNOT, MIG_BITOP_NOT };
 
 struct mig_kernels {
     const char *name;
@@ -36,6 +42,28 @@ struct mig_kernels {
     uint64_t (*popcount)(const uint64_t *words, size_t nwords);
     /* dst |= src; returns how many bits of dst were newly set */
     uint64_t (*merge)(uint64_t *dst, const uint64_t *src, size_t nwords);
+    /* dst &= src, dst |= src, dst &= ~src, dst = ~src */
+    void (*combine)(enum mig_bitop op, uint64_t *dst, const uint64_t *src, size_t nwords);
+    /* Indexes of the first `max` set bits at or after `from`, ascending; returns their number.
+     * take() also clears them. */
+    size_t (*bits)(const uint64_t *words, uint64_t nbits, uint64_t from, uint64_t *out,
+                   size_t max);
+    size_t (*take)(uint64_t *words, uint64_t nbits, uint64_t from, uint64_t *out, size_t max);
+    /* Runs of set bits at or after `from`: first bit, end, first bit, end, ...; `max` is even. */
+    size_t (*edges)(const uint64_t *words, uint64_t nbits, uint64_t from, uint64_t *out,
+                    size_t max);
+    /* XBZRLE of two pages of nbytes (MIG_XBZRLE_MAX_PAGE at most): length of the encoding, 0 when
+     * they are equal, or MIG_XBZRLE_OVERFLOW when it needs more than `max` bytes or a run is
+     * longer than the format can say. Bytes of dst past the encoding may be written. */
+    int64_t (*xbzrle_encode)(const uint8_t *old, const uint8_t *new, size_t nbytes, uint8_t *dst,
+                             size_t max);
+    /* The same, and old becomes new, also on overflow. Each byte of new is read once: another
+     * thread may write them meanwhile. */
+    int64_t (*xbzrle_update)(uint8_t *old, const uint8_t *new, size_t nbytes, uint8_t *dst,
+                             size_t max);
+    /* Lays an encoding over a page; returns where in the page its last run ended, or
+     * MIG_E_XBZRLE_*, after which part of the page may have changed. */
+    int64_t (*xbzrle_decode)(const uint8_t *src, size_t nsrc, uint8_t *page, size_t nbytes);
 };
 
 extern const struct mig_kernels mig_kernels_scalar;
@@ -66,13 +94,27 @@ void mig_bitmap_set(uint64_t *words, uint64_t first, uint64_t nbits);
 void mig_bitmap_clear(uint64_t *words, uint64_t first, uint64_t nbits);
 uint64_t mig_bitmap_count(const struct mig_kernels *k, const uint64_t *words, uint64_t first,
                           uint64_t nbits);
+/* dst |= src; returns how many bits were newly set. */
+uint64_t mig_bitmap_merge(const struct mig_kernels *k, uint64_t *dst, const uint64_t *src,
+                          uint64_t nbits);
+/* A bitwise operation; bits of dst past the size become 0. */
+void mig_bitmap_combine(const struct mig_kernels *k, enum mig_bitop op, uint64_t *dst,
+                        const uint64_t *src, uint64_t nbits);
 /* First set (clear) bit at or after `from`; nbits when there is none. */
 uint64_t mig_bitmap_next_set(const uint64_t *words, uint64_t nbits, uint64_t from);
 uint64_t mig_bitmap_next_clear(const uint64_t *words, uint64_t nbits, uint64_t from);
-/* Moves the indexes of up to `max` set bits at or after `from` into out[], clearing them. */
-size_t mig_bitmap_take(uint64_t *words, uint64_t nbits, uint64_t from, uint64_t *out, size_t max);
-/* Sets one bit so that concurrent setters and takers lose none; true when it was clear. */
-bool mig_bitmap_set_atomic(uint64_t *words, uint64_t bit);
+/* Runs of set bits at or after `from` as pairs first, end; at most `max` of them, and at most
+ * `budget` bits in all, for which the last one is cut. Returns the number of runs. */
+size_t mig_bitmap_runs(const struct mig_kernels *k, const uint64_t *words, uint64_t nbits,
+                       uint64_t from, uint64_t *runs, size_t max, uint64_t budget);
+/* Sets all bits of every aligned group of bits (a power of two) that has one set. */
+void mig_bitmap_round(uint64_t *words, uint64_t nbits, uint64_t group);
+/* Little-endian, 8 bytes for each word, bits past the size 0: the recovery bitmap. */
+void mig_bitmap_to_wire(const uint64_t *words, uint64_t nbits, uint8_t *bytes);
+void mig_bitmap_from_wire(uint64_t *words, uint64_t nbits, const uint8_t *bytes);
+/* Sets (clears) bits so that concurrent users lose none; returns how many were clear (set). */
+uint64_t mig_bitmap_set_atomic(uint64_t *words, uint64_t first, uint64_t nbits);
+uint64_t mig_bitmap_clear_atomic(uint64_t *words, uint64_t first, uint64_t nbits);
 /* Moves src into dst word by word with an atomic exchange, clearing src; returns newly set bits. */
 uint64_t mig_bitmap_drain(uint64_t *dst, uint64_t *src, size_t nwords);
 
@@ -100,10 +142,63 @@ static inline const uint8_t *mig_page(const struct mig_pages *pages, uint64_t in
     return pages->where[index] <= 0 ? NULL : pages->base + pages->where[index];
 }
 
-/* Sets bit i of zero[] when page index[i] is zero, clears it otherwise; returns how many are.
- * Every index must be below npages. */
+/* Sets bit i of zero[] when page index[i] (page i when index is NULL) is zero, clears it otherwise;
+ * returns how many are. Every index must be below npages. */
 size_t mig_zero_pages(const struct mig_kernels *k, const struct mig_pages *pages,
                       const uint64_t *index, size_t n, uint64_t *zero);
+
+/* ---- XBZRLE page cache (pagecache.c) --------------------------------------------------------- */
+
+enum {
+    MIG_XBZRLE_MAX_PAGE = 1 << 16,
+    /* an entry of another page is replaced when it was not used for so many bitmap syncs */
+    MIG_CACHE_LIFETIME = 2,
+};
+
+struct mig_cache_slot {
+    uint64_t address; /* UINT64_MAX: empty */
+    uint64_t age;     /* generation of its last use */
+};
+
+/* Direct-mapped: the page at `address` is in slot (address / page_size) % nslots or nowhere. */
+struct mig_cache {
+    struct mig_cache_slot *slots;
+    uint8_t *pages;
+    size_t nslots; /* a power of two */
+    size_t page_size, stride;
+    unsigned page_shift;
+    size_t used; /* slots that are not empty */
+    size_t mapped;
+};
+
+/* 0 or MIG_E_NOMEM. Pages that are never put into the cache take no memory. */
+int mig_cache_open(struct mig_cache *c, size_t nslots, size_t page_size);
+void mig_cache_close(struct mig_cache *c);
+
+/* The cached copy of the page, noting its use; NULL when it is not there. */
+uint8_t *mig_cache_lookup(struct mig_cache *c, uint64_t address, uint64_t generation);
+/* Puts the page (NULL: zeros) into the cache; its copy, or NULL when the slot is kept by another
+ * page. */
+uint8_t *mig_cache_insert(struct mig_cache *c, uint64_t address, const uint8_t *page,
+                          uint64_t generation);
+
+/* What a sender does with one page; other results are lengths of an encoding. */
+enum mig_cache_result {
+    MIG_CACHE_SAME = 0,      /* as it was sent last: nothing to send */
+    MIG_CACHE_OVERFLOW = -1, /* send it whole */
+    MIG_CACHE_MISS = -2,     /* it is in the cache now; send it whole */
+    MIG_CACHE_REFUSED = -3,  /* it is not in the cache; send it whole */
+};
+
+/* Encodes pages index[0..n) of a block at `address` against the cache and puts them into it, in
+ * the last stage (the guest stands still) without changing it. Encodings follow each other in out;
+ * result[i] is one of the above or a length. A page that is in the cache has to be sent from there,
+ * as the guest may have changed it since. Returns the number of pages done: all, unless fewer than
+ * a page's bytes are left of `max`. *used: bytes of out. Pages need storage. */
+size_t mig_cache_encode(const struct mig_kernels *k, struct mig_cache *c,
+                        const struct mig_pages *pages, uint64_t address, const uint64_t *index,
+                        size_t n, uint64_t generation, bool last_stage, uint8_t *out, size_t max,
+                        int32_t *result, size_t *used);
 
 /* ---- outgoing bytes: headers in an arena, pages by reference, in wire order ----------------- */
 

@@ -4,12 +4,51 @@
 #include <string.h>
 
 #include "kernels.h"
+#include "zero.h"
 
-#ifdef MIG_X86
-#include <immintrin.h>
-#endif
+enum {
+    /* Pages of a batch whose first line is fetched ahead of their turn. Most pages are not zero,
+     * and of those it is all that is read. */
+    AHEAD = 16,
+};
 
-static inline uint64_t load64(const uint8_t *p)
+/* What a family brings: whether some bytes are zero, at an aligned place (STEP bytes) or at any
+ * place (as many as the family's vectors have). */
+typedef bool (*bytes_fn)(const uint8_t *bytes);
+
+/* Most pages that are not zero differ from zero in one of these three places. Each is a cache
+ * line of its own, so the next is only looked at when the one before was zero; pages that are
+ * zero up to one late byte would otherwise be read whole. */
+MIG_INLINE bool sample_is_zero(const uint8_t *bytes, size_t nbytes)
+{
+    return !bytes[0] && !bytes[nbytes - 1] && !bytes[nbytes / 2];
+}
+
+MIG_INLINE bool is_zero(const uint8_t *bytes, size_t nbytes, bytes_fn step, bytes_fn vector,
+                        size_t width)
+{
+    const uint8_t *end = bytes + nbytes, *p = bytes + (-(uintptr_t)bytes & (width - 1));
+
+    if (nbytes < STEP) {
+        return mig_is_zero_scalar(bytes, nbytes);
+    }
+    if (!sample_is_zero(bytes, nbytes) || (p != bytes && !vector(bytes))) {
+        return false;
+    }
+    for (; end - p >= STEP; p += STEP) {
+        if (!step(p)) {
+            return false;
+        }
+    }
+    for (; (size_t)(end - p) >= width; p += width) {
+        if (!vector(p)) {
+            return false;
+        }
+    }
+    return p == end || vector(end - width);
+}
+
+MIG_INLINE uint64_t load64(const uint8_t *p)
 {
     uint64_t word;
 
@@ -17,16 +56,9 @@ static inline uint64_t load64(const uint8_t *p)
     return word;
 }
 
-/* Most non-zero pages differ from zero in one of these three places; looking there first costs
- * three loads and saves the scan (pages with one late byte would otherwise be read whole). */
-static inline bool sample_is_zero(const uint8_t *bytes, size_t nbytes)
-{
-    return (bytes[0] | bytes[nbytes / 2] | bytes[nbytes - 1]) == 0;
-}
-
 bool mig_is_zero_scalar(const uint8_t *bytes, size_t nbytes)
 {
-    size_t i = 0;
+    uint64_t any;
 
     if (nbytes == 0) {
         return true;
@@ -34,75 +66,45 @@ bool mig_is_zero_scalar(const uint8_t *bytes, size_t nbytes)
     if (!sample_is_zero(bytes, nbytes)) {
         return false;
     }
-    for (; i + 64 <= nbytes; i += 64) {
-        uint64_t any = 0;
-
-        for (size_t j = 0; j < 64; j += 8) {
-            any |= load64(bytes + i + j);
+    for (; nbytes >= 64; bytes += 64, nbytes -= 64) {
+        any = 0;
+        for (size_t i = 0; i < 64; i += 8) {
+            any |= load64(bytes + i);
         }
         if (any) {
             return false;
         }
     }
-    for (; i < nbytes; i++) {
-        if (bytes[i]) {
-            return false;
-        }
+    any = 0;
+    for (size_t i = 0; i < nbytes; i++) {
+        any |= bytes[i];
     }
-    return true;
+    return !any;
 }
 
 #ifdef MIG_X86
+bool mig_is_zero_sse2(const uint8_t *bytes, size_t nbytes)
+{
+    return is_zero(bytes, nbytes, step_sse2, vector_sse2, 16);
+}
+
 MIG_TARGET_AVX2
 bool mig_is_zero_avx2(const uint8_t *bytes, size_t nbytes)
 {
-    const __m256i *p = (const __m256i *)(const void *)bytes;
-    size_t steps = nbytes / 256;
-
-    if (nbytes < 256) {
-        return mig_is_zero_scalar(bytes, nbytes);
-    }
-    if (!sample_is_zero(bytes, nbytes)) {
-        return false;
-    }
-    for (size_t i = 0; i < steps; i++, p += 8) {
-        __m256i a = _mm256_or_si256(_mm256_loadu_si256(p), _mm256_loadu_si256(p + 1));
-        __m256i b = _mm256_or_si256(_mm256_loadu_si256(p + 2), _mm256_loadu_si256(p + 3));
-        __m256i c = _mm256_or_si256(_mm256_loadu_si256(p + 4), _mm256_loadu_si256(p + 5));
-        __m256i d = _mm256_or_si256(_mm256_loadu_si256(p + 6), _mm256_loadu_si256(p + 7));
-        __m256i any = _mm256_or_si256(_mm256_or_si256(a, b), _mm256_or_si256(c, d));
-
-        if (!_mm256_testz_si256(any, any)) {
-            return false;
-        }
-    }
-    return mig_is_zero_scalar(bytes + steps * 256, nbytes - steps * 256);
+    return is_zero(bytes, nbytes, step_avx2, vector_avx2, 32);
 }
 
 MIG_TARGET_AVX512
 bool mig_is_zero_avx512(const uint8_t *bytes, size_t nbytes)
 {
-    const uint8_t *p = bytes;
-    size_t steps = nbytes / 512;
+    return is_zero(bytes, nbytes, step_avx512, vector_avx512, 64);
+}
+#endif
 
-    if (nbytes < 512) {
-        return mig_is_zero_scalar(bytes, nbytes);
-    }
-    if (!sample_is_zero(bytes, nbytes)) {
-        return false;
-    }
-    for (size_t i = 0; i < steps; i++, p += 512) {
-        __m512i a = _mm512_or_si512(_mm512_loadu_si512(p), _mm512_loadu_si512(p + 64));
-        __m512i b = _mm512_or_si512(_mm512_loadu_si512(p + 128), _mm512_loadu_si512(p + 192));
-        __m512i c = _mm512_or_si512(_mm512_loadu_si512(p + 256), _mm512_loadu_si512(p + 320));
-        __m512i d = _mm512_or_si512(_mm512_loadu_si512(p + 384), _mm512_loadu_si512(p + 448));
-        __m512i any = _mm512_or_si512(_mm512_or_si512(a, b), _mm512_or_si512(c, d));
-
-        if (_mm512_test_epi64_mask(any, any)) {
-            return false;
-        }
-    }
-    return mig_is_zero_scalar(p, nbytes - steps * 512);
+#ifdef MIG_NEON
+bool mig_is_zero_neon(const uint8_t *bytes, size_t nbytes)
+{
+    return is_zero(bytes, nbytes, step_neon, vector_neon, 16);
 }
 #endif
 
@@ -113,9 +115,12 @@ size_t mig_zero_pages(const struct mig_kernels *k, const struct mig_pages *pages
 
     memset(zero, 0, mig_bitmap_nwords(n) * sizeof(*zero));
     for (size_t i = 0; i < n; i++) {
-        const uint8_t *page = mig_page(pages, index[i]);
+        const uint8_t *page = mig_page(pages, index ? index[i] : i);
 
-        if (!page || k->is_zero(page, pages->page_size)) {
+        if (i + AHEAD < n) {
+            __builtin_prefetch(mig_page(pages, index ? index[i + AHEAD] : i + AHEAD));
+        }
+        if (!page || (page[0] == 0 && k->is_zero(page, pages->page_size))) {
             mig_bitmap_put(zero, i);
             nzero++;
         }

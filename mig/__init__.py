@@ -11,13 +11,15 @@ The other end of a stock QEMU::
 
 A guest of your own is a `MemoryGuest`, or any object that satisfies `SourceGuest` and
 `DestinationGuest`.
+
+The kernels stand on their own, too: `Bitmap`, `zero_pages`, `xbzrle` and `XbzrleCache`.
 """
 
 from importlib.metadata import PackageNotFoundError as _PackageNotFoundError
 from importlib.metadata import version as _version
 
 try:
-    from mig._core import Bitmap
+    from mig._core import Bitmap, XbzrleCache
 except ModuleNotFoundError as _error:
     if _error.name != "mig._core":
         raise
@@ -27,7 +29,7 @@ except ModuleNotFoundError as _error:
         "place with `pip install -e .`"
     ) from None
 
-from mig import errors
+from mig import errors, xbzrle
 from mig.dirty import DirtyLog, SharedDirtyLog
 from mig.engine import IncomingMigration, OutgoingMigration
 from mig.errors import MigError
@@ -37,6 +39,7 @@ from mig.memory import GuestMemory, RamBlock
 from mig.options import Capability, Parameters
 from mig.savevm.registry import DeviceRegistry
 from mig.state import Status
+from mig.zero import is_zero, zero_pages
 
 try:
     __version__ = _version("mig-engine")
@@ -61,7 +64,11 @@ __all__ = [
     "Status",
     "StreamCapture",
     "StreamImage",
+    "XbzrleCache",
     "__version__",
     "errors",
+    "is_zero",
     "open_image",
+    "xbzrle",
+    "zero_pages",
 ]

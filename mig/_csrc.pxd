@@ -1,5 +1,5 @@
 # cython: language_level=3
-from libc.stdint cimport int64_t, uint8_t, uint64_t
+from libc.stdint cimport int32_t, int64_t, uint8_t, uint64_t
 
 
 cdef extern from "<sys/uio.h>" nogil:
@@ -19,12 +19,30 @@ cdef extern from "mig.h" nogil:
         MIG_E_RAM_NO_BLOCK
         MIG_E_RAM_UNKNOWN_BLOCK
         MIG_E_RAM_BAD_OFFSET
+        MIG_E_XBZRLE_TRUNCATED
+        MIG_E_XBZRLE_LENGTH
+        MIG_E_XBZRLE_PAST_PAGE
+        MIG_XBZRLE_OVERFLOW
+
+    enum mig_bitop:
+        MIG_BITOP_AND
+        MIG_BITOP_OR
+        MIG_BITOP_ANDNOT
+        MIG_BITOP_NOT
 
     struct mig_kernels:
         const char *name
-        bint (*is_zero)(const uint8_t *, size_t)
-        uint64_t (*popcount)(const uint64_t *, size_t)
-        uint64_t (*merge)(uint64_t *, const uint64_t *, size_t)
+        bint (*is_zero)(const uint8_t *, size_t) noexcept nogil
+        size_t (*bits)(const uint64_t *words, uint64_t nbits, uint64_t start, uint64_t *out,
+                       size_t max) noexcept nogil
+        size_t (*take)(uint64_t *words, uint64_t nbits, uint64_t start, uint64_t *out,
+                       size_t max) noexcept nogil
+        int64_t (*xbzrle_encode)(const uint8_t *old, const uint8_t *new, size_t nbytes,
+                                 uint8_t *dst, size_t max) noexcept nogil
+        int64_t (*xbzrle_update)(uint8_t *old, const uint8_t *new, size_t nbytes, uint8_t *dst,
+                                 size_t max) noexcept nogil
+        int64_t (*xbzrle_decode)(const uint8_t *src, size_t nsrc, uint8_t *page,
+                                 size_t nbytes) noexcept nogil
 
     int mig_kernels_select(const char *name, const mig_kernels **found)
     const char *mig_kernels_name(size_t i)
@@ -37,9 +55,17 @@ cdef extern from "mig.h" nogil:
                               uint64_t nbits)
     uint64_t mig_bitmap_next_set(const uint64_t *words, uint64_t nbits, uint64_t start)
     uint64_t mig_bitmap_next_clear(const uint64_t *words, uint64_t nbits, uint64_t start)
-    size_t mig_bitmap_take(uint64_t *words, uint64_t nbits, uint64_t start, uint64_t *out,
-                           size_t max)
-    bint mig_bitmap_set_atomic(uint64_t *words, uint64_t bit)
+    uint64_t mig_bitmap_merge(const mig_kernels *k, uint64_t *dst, const uint64_t *src,
+                              uint64_t nbits)
+    void mig_bitmap_combine(const mig_kernels *k, mig_bitop op, uint64_t *dst,
+                            const uint64_t *src, uint64_t nbits)
+    size_t mig_bitmap_runs(const mig_kernels *k, const uint64_t *words, uint64_t nbits,
+                           uint64_t start, uint64_t *runs, size_t max, uint64_t budget)
+    void mig_bitmap_round(uint64_t *words, uint64_t nbits, uint64_t group)
+    void mig_bitmap_to_wire(const uint64_t *words, uint64_t nbits, uint8_t *data)
+    void mig_bitmap_from_wire(uint64_t *words, uint64_t nbits, const uint8_t *data)
+    uint64_t mig_bitmap_set_atomic(uint64_t *words, uint64_t first, uint64_t nbits)
+    uint64_t mig_bitmap_clear_atomic(uint64_t *words, uint64_t first, uint64_t nbits)
     uint64_t mig_bitmap_drain(uint64_t *dst, uint64_t *src, size_t nwords)
 
     enum:
@@ -52,8 +78,39 @@ cdef extern from "mig.h" nogil:
         uint64_t npages
         size_t page_size
 
+    const uint8_t *mig_page(const mig_pages *pages, uint64_t index)
     size_t mig_zero_pages(const mig_kernels *k, const mig_pages *pages, const uint64_t *index,
                           size_t n, uint64_t *zero)
+
+    enum:
+        MIG_XBZRLE_MAX_PAGE
+        MIG_CACHE_SAME
+        MIG_CACHE_OVERFLOW
+        MIG_CACHE_MISS
+        MIG_CACHE_REFUSED
+
+    struct mig_cache_slot:
+        uint64_t address
+        uint64_t age
+
+    struct mig_cache:
+        mig_cache_slot *slots
+        uint8_t *pages
+        size_t nslots
+        size_t page_size
+        size_t stride
+        unsigned page_shift
+        size_t used
+
+    int mig_cache_open(mig_cache *c, size_t nslots, size_t page_size)
+    void mig_cache_close(mig_cache *c)
+    uint8_t *mig_cache_lookup(mig_cache *c, uint64_t address, uint64_t generation)
+    uint8_t *mig_cache_insert(mig_cache *c, uint64_t address, const uint8_t *page,
+                              uint64_t generation)
+    size_t mig_cache_encode(const mig_kernels *k, mig_cache *c, const mig_pages *pages,
+                            uint64_t address, const uint64_t *index, size_t n,
+                            uint64_t generation, bint last_stage, uint8_t *out, size_t max,
+                            int32_t *result, size_t *used)
 
     struct mig_out:
         iovec *iov

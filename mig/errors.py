@@ -49,6 +49,10 @@ class KernelError(MigError):
     """The demanded kernel cannot be had."""
 
 
+class XbzrleError(MigError):
+    """Bytes that are no XBZRLE encoding of the page they are laid over."""
+
+
 class ChannelError(MigError):
     """The connection, file or command failed."""
 

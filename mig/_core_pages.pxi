@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+@cython.final
+cdef class Pages:
+    """The pages of one RAM block in a pinned buffer.
+
+    data: contiguous bytes; without ``where`` page i is at i * page_size.
+    where: int64 per page, the byte offset in ``data`` of each page (never 0), PAGE_ZERO for a
+    zero page without storage, PAGE_NONE for one that was never sent.
+    """
+    cdef mig_pages c
+    cdef Py_buffer data
+    cdef Py_buffer places
+    cdef readonly bint writable
+    cdef Py_ssize_t pins
+
+    def __cinit__(self, data, size_t page_size, *, where=None, bint writable=False):
+        if page_size < 64 or page_size & (page_size - 1):
+            raise ValueError(f"page size {page_size} is not a power of two of at least 64")
+        PyObject_GetBuffer(data, &self.data, PyBUF_CONTIG if writable else PyBUF_CONTIG_RO)
+        self.writable = writable
+        self.c.base = <uint8_t *>self.data.buf
+        self.c.page_size = page_size
+        if where is None:
+            self.c.npages = <uint64_t>self.data.len // page_size
+        else:
+            PyObject_GetBuffer(where, &self.places, PyBUF_CONTIG_RO)
+            if self.places.itemsize != sizeof(int64_t):
+                raise ValueError("where must hold 64-bit integers")
+            self.c.where = <const int64_t *>self.places.buf
+            self.c.npages = <uint64_t>self.places.len // sizeof(int64_t)
+            self.check_places()
+
+    def __dealloc__(self):
+        PyBuffer_Release(&self.places)
+        PyBuffer_Release(&self.data)
+
+    def pin(self):
+        """Somebody is going to need the pages until unpin()."""
+        self.pins += 1
+
+    def unpin(self):
+        """Undo pin()."""
+        self.pins -= 1
+
+    def release(self):
+        """Let go of the buffer; BufferError while it is pinned or pages of it are queued."""
+        if self.pins:
+            raise BufferError("the pages are in use by a migration")
+        self.c.npages = 0
+        self.c.base = NULL
+        self.c.where = NULL
+        PyBuffer_Release(&self.places)
+        PyBuffer_Release(&self.data)
+
+    cdef int check_places(self) except -1:
+        cdef uint64_t i
+        for i in range(self.c.npages):
+            if (self.c.where[i] > self.data.len
+                    or (self.c.where[i] > 0
+                        and <size_t>(self.data.len - self.c.where[i]) < self.c.page_size)):
+                raise ValueError(f"page {i} lies outside of the data")
+        return 0
+
+    cdef int check_indexes(self, const uint64_t *index, size_t n) except -1:
+        cdef size_t i
+        for i in range(n):
+            if index[i] >= self.c.npages:
+                raise IndexError(f"page {index[i]} of {self.c.npages}")
+        return 0
+
+    @property
+    def npages(self):
+        return self.c.npages
+
+    @property
+    def page_size(self):
+        return self.c.page_size
+
+    def count_stored(self, const uint64_t[::1] index not None):
+        """How many of the pages index[...] have storage."""
+        cdef size_t i, n = 0
+        for i in range(<size_t>index.shape[0]):
+            if index[i] >= self.c.npages:
+                raise IndexError(f"page {index[i]} of {self.c.npages}")
+            n += self.c.where == NULL or self.c.where[index[i]] > 0
+        return n

@@ -1,0 +1,232 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+PAGE_NONE = MIG_PAGE_NONE
+PAGE_ZERO = MIG_PAGE_ZERO
+
+STOP_MORE = MIG_RAM_STOP_MORE
+STOP_FULL = MIG_RAM_STOP_FULL
+STOP_SWITCH = MIG_RAM_STOP_SWITCH
+STOP_EOS = MIG_RAM_STOP_EOS
+STOP_OTHER = MIG_RAM_STOP_OTHER
+
+RAM_FLAGS = {
+    "ZERO": MIG_RAM_ZERO,
+    "MEM_SIZE": MIG_RAM_MEM_SIZE,
+    "PAGE": MIG_RAM_PAGE,
+    "EOS": MIG_RAM_EOS,
+    "CONTINUE": MIG_RAM_CONTINUE,
+}
+
+
+@cython.final
+cdef class RamParser:
+    """Parses bursts of PAGE and ZERO records.
+
+    blocks: (name, number of pages) in the order of their numbers
+    capacity: most records of one burst
+    """
+    cdef mig_ram_parser c
+    cdef mig_ram_block *table
+    cdef list names
+
+    def __cinit__(self, blocks, size_t page_size, size_t capacity=4096):
+        cdef size_t i
+        if page_size < 64 or page_size & (page_size - 1) or page_size > 1 << 30:
+            raise ValueError(f"page size {page_size} is not a power of two of at least 64")
+        if capacity == 0 or capacity > 1 << 24:
+            raise ValueError(f"capacity {capacity}")
+        self.names = [bytes(name) for name, _ in blocks]
+        self.table = <mig_ram_block *>calloc(len(self.names) or 1, sizeof(mig_ram_block))
+        self.c.page = <uint64_t *>malloc(capacity * sizeof(uint64_t))
+        self.c.src = <int64_t *>malloc(capacity * sizeof(int64_t))
+        if self.table == NULL or self.c.page == NULL or self.c.src == NULL:
+            raise MemoryError
+        for i, (_, npages) in enumerate(blocks):
+            if len(self.names[i]) > MIG_RAM_MAX_NAME:
+                raise ValueError("block name of more than 255 bytes")
+            self.table[i].name = <const char *>(<bytes>self.names[i])
+            self.table[i].name_len = <size_t>len(self.names[i])
+            self.table[i].npages = npages
+        self.c.blocks = self.table
+        self.c.nblocks = <size_t>len(self.names)
+        self.c.page_size = page_size
+        self.c.current = -1
+        self.c.capacity = capacity
+
+    def __dealloc__(self):
+        free(self.table)
+        free(self.c.page)
+        free(self.c.src)
+
+    def parse(self, data, size_t start, size_t end):
+        """Parses data[start:end] up to the next STOP_*; see the properties for the results."""
+        cdef Py_buffer view
+        cdef int stop
+        PyObject_GetBuffer(data, &view, PyBUF_CONTIG_RO)
+        try:
+            if start > end or end > <size_t>view.len:
+                raise IndexError(f"{start}..{end} of {view.len} bytes")
+            stop = mig_ram_parse(&self.c, <const uint8_t *>view.buf + start, end - start)
+            return check(stop)
+        finally:
+            PyBuffer_Release(&view)
+
+    @property
+    def current(self):
+        """Number of the block that the parsed pages belong to, -1 before the first."""
+        return self.c.current
+
+    @property
+    def npages(self):
+        return self.c.npages
+
+    @property
+    def nfill(self):
+        """How many of the parsed pages are fill (zero) records."""
+        return self.c.nfill
+
+    @property
+    def consumed(self):
+        return self.c.consumed
+
+    @property
+    def need(self):
+        """After STOP_MORE: bytes of the next record that must be there to go on."""
+        return self.c.need
+
+    @property
+    def word(self):
+        """After STOP_OTHER: the word of the record that was not consumed."""
+        return self.c.word
+
+    cdef size_t check_last(self, Py_buffer *view, size_t start) except? 0:
+        """The results of the last parse refer to `consumed` bytes from start."""
+        if start > <size_t>view.len or self.c.consumed > <size_t>view.len - start:
+            raise IndexError(f"a burst of {self.c.consumed} bytes at {start} of {view.len}")
+        return self.c.npages
+
+    def records(self):
+        """The last burst as [(page index, source)]; for tests and tools."""
+        return [(self.c.page[i], self.c.src[i]) for i in range(self.c.npages)]
+
+    def place(self, data, size_t start, Pages pages not None, Bitmap received not None,
+              bint fresh):
+        """Copies the last burst's pages into memory and sets their bits in ``received``."""
+        cdef Py_buffer view
+        cdef const mig_kernels *k = (<Kernels>KERNELS).k
+        if self.c.npages == 0:
+            return
+        if (not pages.writable or pages.c.where != NULL
+                or pages.c.page_size != self.c.page_size
+                or pages.c.npages < self.table[self.c.current].npages
+                or received.nbits < self.table[self.c.current].npages):
+            raise ValueError("memory does not fit the block")
+        PyObject_GetBuffer(data, &view, PyBUF_CONTIG_RO)
+        try:
+            self.check_last(&view, start)
+            pages.pins += 1
+            with nogil:
+                mig_ram_place(k, &pages.c, received.words, fresh,
+                              <const uint8_t *>view.buf + start, self.c.page, self.c.src,
+                              self.c.npages)
+            pages.pins -= 1
+        finally:
+            PyBuffer_Release(&view)
+
+    def index(self, int64_t offset, int64_t[::1] where not None):
+        """Notes in where[page] the file offset of the last burst's pages, or PAGE_ZERO."""
+        if self.c.npages == 0:
+            return
+        if <uint64_t>where.shape[0] < self.table[self.c.current].npages:
+            raise ValueError("where is shorter than the block")
+        if mig_ram_index(&where[0], offset, self.c.page, self.c.src, self.c.npages):
+            raise RamRecordError("page filled with a byte that is not 0: only sources older than "
+                                 "QEMU 2.0 send these")
+
+
+@cython.final
+@cython.no_gc  # so that parser is there in __dealloc__
+cdef class PageLog:
+    """A stream file while it is written: each page has one record, rewritten in place
+    (csrc/pagelog.c). Shares the block table of ``parser``.
+
+    direct_fd: the same file opened with O_DIRECT, -1 to write through the page cache
+    """
+    cdef mig_pagelog c
+    cdef RamParser parser
+    cdef int64_t **where
+    cdef uint8_t *zeros
+
+    def __cinit__(self, int fd, RamParser parser not None, *, int direct_fd=-1):
+        cdef size_t i
+        cdef uint64_t npages
+        self.parser = parser
+        self.c.current = -1
+        self.c.page_size = parser.c.page_size
+        self.zeros = <uint8_t *>calloc(1, parser.c.page_size)
+        self.where = <int64_t **>calloc(parser.c.nblocks or 1, sizeof(int64_t *))
+        if self.zeros == NULL or self.where == NULL:
+            raise MemoryError
+        self.c.zeros = self.zeros
+        check(mig_appender_open(&self.c.file, fd, direct_fd))
+        for i in range(parser.c.nblocks):
+            npages = parser.table[i].npages
+            self.where[i] = <int64_t *>calloc(<size_t>(npages or 1), sizeof(int64_t))
+            if self.where[i] == NULL:
+                raise MemoryError
+
+    def __dealloc__(self):
+        cdef size_t i
+        mig_appender_close(&self.c.file)
+        if self.where != NULL:
+            for i in range(self.parser.c.nblocks):
+                free(self.where[i])
+        free(self.where)
+        free(self.zeros)
+
+    @property
+    def tail(self):
+        """Length of the file so far."""
+        return mig_appender_tail(&self.c.file)
+
+    def append(self, const uint8_t[::1] data not None):
+        """Writes bytes that are no page records."""
+        if data.shape[0]:
+            check(mig_append(&self.c.file, &data[0], <size_t>data.shape[0]))
+
+    def put(self, data, size_t start):
+        """Writes the last burst of the parser; data and start are those it parsed."""
+        cdef Py_buffer view
+        cdef mig_ram_parser *p = &self.parser.c
+        cdef int rc
+        if p.npages == 0:
+            return
+        PyObject_GetBuffer(data, &view, PyBUF_CONTIG_RO)
+        try:
+            self.parser.check_last(&view, start)
+            with nogil:
+                rc = mig_pagelog_put(&self.c, p.current, &p.blocks[p.current],
+                                     self.where[p.current], <const uint8_t *>view.buf + start,
+                                     p.page, p.src, p.npages)
+            if rc == -_errno.EINVAL:
+                raise RamRecordError("page filled with a byte that is not 0: only sources older "
+                                     "than QEMU 2.0 send these")
+            check(rc)
+        finally:
+            PyBuffer_Release(&view)
+
+    def put_zeros(self):
+        """Appends the ZERO records of all pages that were sent and have no contents."""
+        cdef size_t i
+        cdef int rc
+        for i in range(self.parser.c.nblocks):
+            with nogil:
+                rc = mig_pagelog_zeros(&self.c, <int64_t>i, &self.parser.c.blocks[i],
+                                       self.where[i])
+            check(rc)
+
+    def finish(self):
+        """Writes all that is not written yet."""
+        cdef int rc
+        with nogil:
+            rc = mig_appender_finish(&self.c.file)
+        check(rc)
