@@ -45,7 +45,7 @@ struct mig_kernels {
     /* dst &= src, dst |= src, dst &= ~src, dst = ~src */
     void (*combine)(enum mig_bitop op, uint64_t *dst, const uint64_t *src, size_t nwords);
     /* Indexes of the first `max` set bits at or after `from`, ascending; returns their number.
-     * take() also clears them. */
+     * take() also clears them. Entries of out past that number may be written. */
     size_t (*bits)(const uint64_t *words, uint64_t nbits, uint64_t from, uint64_t *out,
                    size_t max);
     size_t (*take)(uint64_t *words, uint64_t nbits, uint64_t from, uint64_t *out, size_t max);

@@ -117,7 +117,8 @@ cdef class Bitmap:
     def take(self, uint64_t start, uint64_t[::1] out not None):
         """Move set bits at or after ``start`` into ``out`` as indexes, ascending.
 
-        They are clear afterwards. Returns how many there were, len(out) at most.
+        They are clear afterwards. Returns how many there were, len(out) at most; what is in
+        ``out`` behind them may have changed.
         """
         if out.shape[0] == 0:
             return 0
