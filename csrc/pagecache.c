@@ -8,7 +8,7 @@
 enum {
     LINE = 64,
     HUGE = 2 << 20, /* pages of the machine that make first use and address translation cheap */
-    FETCHED = 4096, /* bytes of the next page, and of its copy, that are fetched ahead */
+    FETCHED = 1024, /* bytes of the next page, and of its copy, that are fetched ahead */
     CACHED = 1 << 20, /* a cache that is larger than this is not in the processor's */
 };
 
