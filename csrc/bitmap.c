@@ -151,23 +151,23 @@ uint64_t mig_bitmap_clear_atomic(uint64_t *words, uint64_t first, uint64_t nbits
     return change_atomic(words, first, nbits, false);
 }
 
-uint64_t mig_bitmap_drain(uint64_t *dst, uint64_t *src, size_t nwords)
+uint64_t mig_bitmap_drain(uint64_t *dst, uint64_t *src, uint64_t nbits)
 {
     uint64_t fresh = 0;
 
-    for (size_t w = 0; w < nwords; w++) {
+    for (uint64_t w = 0; w < mig_bitmap_nwords(nbits); w++) {
         uint64_t word;
 
         if (!__atomic_load_n(src + w, __ATOMIC_RELAXED)) {
             continue;
         }
         word = __atomic_exchange_n(src + w, 0, __ATOMIC_ACQ_REL);
+        word &= w == (nbits - 1) / 64 ? mask_until(nbits) : ~UINT64_C(0);
         fresh += (uint64_t)__builtin_popcountll(word & ~dst[w]);
         dst[w] |= word;
     }
     return fresh;
 }
-
 
 size_t mig_bitmap_runs(const struct mig_kernels *k, const uint64_t *words, uint64_t nbits,
                        uint64_t from, uint64_t *runs, size_t max, uint64_t budget)

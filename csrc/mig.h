@@ -116,7 +116,7 @@ void mig_bitmap_from_wire(uint64_t *words, uint64_t nbits, const uint8_t *bytes)
 uint64_t mig_bitmap_set_atomic(uint64_t *words, uint64_t first, uint64_t nbits);
 uint64_t mig_bitmap_clear_atomic(uint64_t *words, uint64_t first, uint64_t nbits);
 /* Moves src into dst word by word with an atomic exchange, clearing src; returns newly set bits. */
-uint64_t mig_bitmap_drain(uint64_t *dst, uint64_t *src, size_t nwords);
+uint64_t mig_bitmap_drain(uint64_t *dst, uint64_t *src, uint64_t nbits);
 
 /* ---- pages: where the pages of one RAM block are ------------------------------------------- */
 

@@ -246,4 +246,4 @@ cdef class Bitmap:
         Concurrent ``source.set_atomic`` calls lose no bit.
         """
         self.check_same(source)
-        return mig_bitmap_drain(self.words, source.words, self.nwords)
+        return mig_bitmap_drain(self.words, source.words, self.nbits)

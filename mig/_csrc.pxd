@@ -66,7 +66,7 @@ cdef extern from "mig.h" nogil:
     void mig_bitmap_from_wire(uint64_t *words, uint64_t nbits, const uint8_t *data)
     uint64_t mig_bitmap_set_atomic(uint64_t *words, uint64_t first, uint64_t nbits)
     uint64_t mig_bitmap_clear_atomic(uint64_t *words, uint64_t first, uint64_t nbits)
-    uint64_t mig_bitmap_drain(uint64_t *dst, uint64_t *src, size_t nwords)
+    uint64_t mig_bitmap_drain(uint64_t *dst, uint64_t *src, uint64_t nbits)
 
     enum:
         MIG_PAGE_NONE
