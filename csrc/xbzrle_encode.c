@@ -18,9 +18,9 @@ enum {
     BLOCK = 64,   /* bytes compared at a time */
     GROUP = 256,  /* bytes that are looked at together first: most are unchanged */
     CHUNK = 4096, /* bytes whose edges are listed before they are emitted */
-    NOT_OPEN = 1 << 20,
-    SLACK = 64,    /* room behind a run that is emitted by wide stores */
     WIDE = 32,    /* bytes that short runs are copied by, whatever their length */
+    SLACK = 64,   /* room behind a run that is emitted by wide stores */
+    NOT_OPEN = 1 << 20,
 };
 
 /* What a family brings: */
@@ -33,10 +33,9 @@ typedef uint64_t (*diff_fn)(uint8_t *old, const uint8_t *new, bool update);
 typedef size_t (*list_fn)(uint64_t bits, size_t base, uint16_t *out);
 
 struct scan {
-    size_t nchanged; /* changed bytes and edges of this chunk */
-    size_t nedges;
-    uint64_t open; /* 1: the last byte was changed and its run goes on */
-    size_t nwords; /* blocks with edges: where they are, and which bytes they are at */
+    size_t nchanged, nedges; /* changed bytes and edges of this chunk */
+    uint64_t open;           /* 1: the last byte was changed and its run goes on */
+    size_t nwords;           /* blocks that have edges: where they begin, and the edges */
     uint16_t base[CHUNK / BLOCK + 1];
     uint64_t word[CHUNK / BLOCK + 1];
 };
@@ -45,7 +44,7 @@ struct out {
     uint8_t *bytes;
     size_t used, max;
     size_t at;   /* where in the page the last run ended */
-    size_t open; /* a run that goes on started here */
+    size_t open; /* where a run started that goes on in the next chunk, or NOT_OPEN */
 };
 
 MIG_INLINE void scan_block(struct scan *s, uint64_t mask, size_t pos)
