@@ -55,6 +55,8 @@ def kernels(name=None):
     cdef int rc
     if name is None:
         rc = mig_kernels_select(NULL, &found.k)
+    elif "\0" in name:
+        rc = MIG_E_KERNEL_UNKNOWN
     else:
         wanted = name.encode()
         rc = mig_kernels_select(wanted, &found.k)

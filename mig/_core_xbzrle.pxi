@@ -168,8 +168,8 @@ cdef class XbzrleCache:
         cdef object npages = nbytes // self.c.page_size
         if nbytes < self.c.page_size:
             raise ValueError(f"cache size {nbytes} is smaller than the page size")
-        if npages & (npages - 1):
-            raise ValueError(f"cache of {npages} pages: not a power of two")
+        if npages & (npages - 1) or nbytes != npages * self.c.page_size:
+            raise ValueError(f"cache size {nbytes} is not a power of two of pages")
         if npages >> 48 or mig_cache_open(&c, npages, self.c.page_size) < 0:
             raise MemoryError(f"no memory for an XBZRLE cache of {nbytes} bytes")
         mig_cache_close(&self.c)

@@ -7,6 +7,7 @@
      │    └── UriError          a migration URI that cannot be read
      ├── StateError             an input that the present state does not accept
      ├── KernelError            the demanded kernel is unknown, not built, or not for this CPU
+     ├── XbzrleError            bytes that are no XBZRLE encoding of their page
      ├── ChannelError           the connection, file or command failed
      │    ├── IdleTimeoutError  no byte moved for the idle limit
      │    └── PeerError         the other side reported failure, or left without a word

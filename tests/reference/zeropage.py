@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 def is_zero(data: bytes) -> bool:
     return all(byte == 0 for byte in data)
 
 
-def zero_pages(pages: list[bytes | None], index: Iterable[int]) -> list[bool]:
+def zero_pages(pages: Sequence[bytes | None], index: Iterable[int]) -> list[bool]:
     """For each index whether that page is zero; None is a page without storage."""
     out = []
     for i in index:

@@ -19,13 +19,14 @@ from mig.errors import (
     TruncatedError,
     UnsupportedError,
     UriError,
+    XbzrleError,
 )
 
 
 def test_every_error_is_a_mig_error():
     found = [c for _, c in inspect.getmembers(errors, inspect.isclass)]
     classes = [c for c in found if c.__module__ == "mig.errors"]
-    assert len(classes) == 13
+    assert len(classes) == 14
     assert all(issubclass(c, MigError) for c in classes)
 
 
@@ -39,10 +40,16 @@ def test_every_error_is_a_mig_error():
         (TruncatedError, StreamError),
         (UnsupportedError, StreamError),
         (MismatchError, StreamError),
+        (XbzrleError, MigError),
     ],
 )
 def test_the_tree_is_as_documented(child, parent):
     assert issubclass(child, parent)
+
+
+def test_the_description_of_the_module_names_every_error():
+    for name, _ in inspect.getmembers(errors, inspect.isclass):
+        assert name in (errors.__doc__ or "").split()
 
 
 def test_a_stream_error_names_the_place():
