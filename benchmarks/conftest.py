@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import platform
 import shutil
@@ -14,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from .peers import Code, given_libraries
 
 SMOKE = bool(os.environ.get("MIG_BENCH_SMOKE"))
 _SHM = Path("/dev/shm")
@@ -48,12 +51,17 @@ class Comparison:
         *,
         rounds: int,
         prepare: Callable[[str], object] = lambda _: None,
+        warmup: int = 0,
         nbytes: int = 0,
+        count: int = 1,
+        unit: str = "",
     ) -> None:
         """Measure `target` against the peers.
 
         prepare: runs before every round of everyone, untimed, with the name of who is next
-        nbytes:  what one round works on
+        warmup:  rounds of everyone before those that count
+        nbytes:  bytes that one round stands for, 0 where a rate says nothing
+        count:   how many of `unit` a round does
         """
         times: dict[str, list[float]] = {name: [] for name in peers}
 
@@ -65,19 +73,25 @@ class Comparison:
                 times[name].append(time.perf_counter() - start)
             prepare(MIG)
 
-        self._benchmark.pedantic(target, setup=run_peers, rounds=rounds, iterations=1)
+        self._benchmark.pedantic(
+            target, setup=run_peers, rounds=rounds, iterations=1, warmup_rounds=warmup
+        )
         mine = statistics.median(self._benchmark.stats.stats.data)
-        self.info["nbytes"] = nbytes
-        line = f"{self._benchmark.name:44} {1e3 * mine:10.3f} ms"
+        self.info.update(nbytes=nbytes, count=count, unit=unit)
+        time_of_one = f"{1e9 * mine / count:.2f} ns a {unit}" if unit else f"{1e3 * mine:.3f} ms"
+        line = f"{self._benchmark.name:44} {time_of_one:>22}"
         if nbytes:
             line += f" {nbytes / mine / 1e9:7.2f} GB/s"
         for name, seconds in times.items():
-            median = statistics.median(seconds)
+            median = statistics.median(seconds[warmup:])
             self.info[f"seconds {name}"] = median
             self.info[f"ratio {name}"] = median / mine
-            line += f"   {name}: {1e3 * median:.3f} ms, x{median / mine:.2f}"
+            line += f"   {name}: x{median / mine:.2f}"
         self._lines.append(line)
 
+
+#: measures one kernel: target, peers, and what one round stands for
+Measure = Callable[..., None]
 
 _LINES: pytest.StashKey[list[str]] = pytest.StashKey()
 
@@ -103,10 +117,22 @@ def compare(benchmark: Any, pytestconfig: pytest.Config) -> Comparison:
     return Comparison(benchmark, pytestconfig.stash[_LINES])
 
 
+@pytest.fixture
+def measure(compare: Comparison) -> Measure:
+    """`compare` with as many rounds as a kernel needs, unless a test says otherwise."""
+    return functools.partial(compare, rounds=2 if SMOKE else 15, warmup=1)
+
+
 @pytest.fixture(scope="session")
 def smoke() -> bool:
     """Whether this is a quick run that only shows that the benchmarks work."""
     return SMOKE
+
+
+@pytest.fixture(scope="session")
+def code(tmp_path_factory: pytest.TempPathFactory) -> Code:
+    """The peers' C code, compiled."""
+    return Code(tmp_path_factory.mktemp("peers"))
 
 
 @pytest.fixture(scope="session")
@@ -158,5 +184,6 @@ def pytest_benchmark_update_machine_info(machine_info: dict[str, Any]) -> None:
         "cpus": os.cpu_count(),
         "kernel": platform.release(),
         "smoke": SMOKE,
+        **given_libraries(),
     }
     machine_info.pop("node", None)

@@ -17,6 +17,8 @@ _COMMAND = (
     "python benchmarks/report.py bench.json > benchmarks/RESULTS.md"
 )
 _ENDS = ("source", "destination")
+#: the peer that is mig's own C without Python
+_IN_C = "mig in C"
 
 Benchmark = dict[str, Any]
 
@@ -48,28 +50,55 @@ def _peers(benchmark: Benchmark) -> list[str]:
     ]
 
 
-def _kernel_row(benchmark: Benchmark, peers: list[str]) -> Iterator[str]:
+def _kernel_row(benchmark: Benchmark, rates: bool, peers: list[str]) -> Iterator[str]:
     info, seconds = benchmark["extra_info"], benchmark["stats"]["median"]
     yield f"`{benchmark['name'].removeprefix('test_')}`"
-    yield _time(seconds)
-    yield f"{info['nbytes'] / seconds / 1e9:.3g}"
+    yield f"{_time(seconds / info['count'])} a {info['unit']}"
+    if rates:
+        yield f"{info['nbytes'] / seconds / 1e9:.3g}" if info["nbytes"] else ""
     for peer in peers:
         ratio = info.get(f"ratio {peer}")
         yield "" if ratio is None else f"{ratio:.2f}"
+    if _IN_C in peers:
+        excess = (seconds - info[f"seconds {_IN_C}"]) / info["count"]
+        yield f"{1e9 * excess:.2f} ns"
+
+
+def _kernel_table(group: str, benchmarks: list[Benchmark]) -> Iterator[str]:
+    peers = list(dict.fromkeys(peer for b in benchmarks for peer in _peers(b)))
+    rates = any(b["extra_info"]["nbytes"] for b in benchmarks)
+    head = ["", "time", *(["GB/s"] if rates else []), *(f"{peer} x" for peer in peers)]
+    if _IN_C in peers:
+        head.append("Python's share")
+    yield f"### {group}"
+    yield ""
+    yield from _table(head, (_kernel_row(b, rates, peers) for b in benchmarks))
 
 
 def _kernels(benchmarks: list[Benchmark]) -> Iterator[str]:
-    peers = list(dict.fromkeys(peer for b in benchmarks for peer in _peers(b)))
-    head = ["kernel", "a round", "GB/s", *(f"{peer} takes x" for peer in peers)]
     yield "## Kernels"
     yield ""
     yield (
-        "GB/s counts the bytes that a kernel stands for (pages or bitmap words), read or not. "
-        "A number in the last columns says how many times as long the peer takes for the same "
-        "bytes in the same run: above 1, mig is faster."
+        "Pages of 4 KiB; medians. A column x says how many times as long that peer takes for the "
+        "same work in the same run: above 1, mig is faster. GB/s counts the bytes that a kernel "
+        "stands for (pages or bitmap words), read or not. `read` is a C loop that ORs all of these "
+        "bytes, `memcpy` copies them. `plain C` is what a peer does, a page or a bit at a time, "
+        "written for this (benchmarks/peers.c). Columns named after a family are mig's own "
+        "kernels for that instruction set; `mig in C` is the default family's without Python."
     )
-    yield ""
-    yield from _table(head, (_kernel_row(b, peers) for b in benchmarks))
+    groups = dict.fromkeys(b["group"] or "Others" for b in benchmarks)
+    for group in groups:
+        yield ""
+        yield from _kernel_table(
+            group, [b for b in benchmarks if (b["group"] or "Others") == group]
+        )
+
+
+def _libraries(machine: dict[str, Any]) -> Iterator[str]:
+    """Say which libraries the kernels were measured beside."""
+    given = [machine[key] for key in ("library", "scalar") if key in machine]
+    named = " and ".join(f"`{name}`" for name in given) or "none (plain C only)"
+    yield f"- libraries that the kernels are measured beside: {named}"
 
 
 def _cpu(info: dict[str, Any], who: str, end: str) -> str:
@@ -133,6 +162,8 @@ def report(results: list[dict[str, Any]]) -> Iterator[str]:
     if versions:
         yield f"- QEMU {', '.join(versions)}"
     yield f"- {results[0]['datetime'][:10]}; machines drift: only ratios within a run mean anything"
+    if kernels:
+        yield from _libraries(machine)
     if machine["smoke"]:
         yield "- **smoke run: too short to mean anything**"
     for part, chosen in ((_migrations, migrations), (_kernels, kernels)):

@@ -42,10 +42,15 @@ cdef class Kernels:
         return f"<Kernels {self.name!r}>"
 
 
-def kernel_names():
+def kernel_names(*, bint usable=False):
+    """Families of kernels, best first; all that mig has, or those that run here."""
+    cdef const mig_kernels *k
+    cdef size_t i = 0
     names = []
-    while mig_kernels_name(len(names)) != NULL:
-        names.append(mig_kernels_name(len(names)).decode())
+    while mig_kernels_name(i) != NULL:
+        if not usable or mig_kernels_select(mig_kernels_name(i), &k) == 0:
+            names.append(mig_kernels_name(i).decode())
+        i += 1
     return tuple(names)
 
 

@@ -3,7 +3,7 @@
 cdef class Pages:
     """The pages of one RAM block in a pinned buffer.
 
-    data: contiguous bytes; without ``where`` page i is at i * page_size.
+    data: contiguous bytes; without ``where`` whole pages, page i at i * page_size.
     where: int64 per page, the byte offset in ``data`` of each page (never 0), PAGE_ZERO for a
     zero page without storage, PAGE_NONE for one that was never sent.
     """
@@ -21,6 +21,9 @@ cdef class Pages:
         self.c.base = <uint8_t *>self.data.buf
         self.c.page_size = page_size
         if where is None:
+            if <size_t>self.data.len % page_size:
+                raise ValueError(f"{self.data.len} bytes are not a whole number of pages of"
+                                 f" {page_size}")
             self.c.npages = <uint64_t>self.data.len // page_size
         else:
             PyObject_GetBuffer(where, &self.places, PyBUF_CONTIG_RO)

@@ -24,19 +24,16 @@ def zero_pages(
 ) -> tuple[_core.Bitmap, int]:
     """Find the zero pages of a buffer; return (bitmap, how many there are).
 
-    data:      contiguous bytes: an array, memoryview, mmap, ...
+    data:      contiguous bytes, whole pages: an array, memoryview, mmap, ...
     page_size: bytes, a power of two of at least 64; huge pages are pages too
     index:     look only at these pages, in this order; bit i of the result is about page index[i]
 
-    Without ``index`` bit i is about page i, and data must be whole pages (ValueError). IndexError:
-    a page that is not in the buffer. The GIL is not held meanwhile. Somebody else may be writing:
-    the answer is then about bytes that were there at some moment.
+    Without ``index`` bit i is about page i. ValueError: part of a page. IndexError: a page that is
+    not in the buffer. The GIL is not held meanwhile. Somebody else may be writing: the answer is
+    then about bytes that were there at some moment.
     """
     pages = _core.Pages(data, page_size)
     if index is not None:
         numbers = np.ascontiguousarray(index, dtype=np.uint64)
         return _core.KERNELS.zero_pages(pages, numbers)
-    nbytes = memoryview(data).nbytes
-    if nbytes % page_size:
-        raise ValueError(f"{nbytes} bytes are not a whole number of pages of {page_size}")
     return _core.KERNELS.zero_pages(pages)

@@ -521,6 +521,8 @@ def test_pages_and_output_that_do_not_fit_are_refused():
             cache.encode(bytes(64), [0], 0, room(nbytes))
     with pytest.raises(BufferError):
         cache.encode(bytes(64), [0], 0, bytes(64))
+    with pytest.raises(ValueError, match="127 bytes are not a whole number of pages of 64"):
+        cache.encode(bytes(127), [0], 0, room(64))
     assert (cache.used, cache.misses) == (0, 0)
 
 
@@ -529,8 +531,7 @@ def test_pages_and_output_that_do_not_fit_are_refused():
 )
 def test_page_numbers_past_the_block_are_refused(index):
     cache = _core.XbzrleCache(4 * 64, 64)
-    # the last 63 bytes are no page
-    for pages in (bytes(128 + 63), _core.Pages(bytes(128), 64)):
+    for pages in (bytes(128), _core.Pages(bytes(128), 64)):
         with pytest.raises(IndexError):
             cache.encode(pages, index, 0, room(64))
         with pytest.raises(IndexError):

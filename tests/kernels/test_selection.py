@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import platform
 import subprocess
@@ -62,18 +61,10 @@ def run_python(code: str, kernel: str | None) -> subprocess.CompletedProcess[str
     )
 
 
-def usable_families() -> list[str]:
-    usable = []
-    for name in _core.kernel_names():
-        with contextlib.suppress(KernelError):
-            usable.append(_core.kernels(name).name)
-    return usable
-
-
 def possible_defaults() -> list[str]:
     """Which of the two that have AVX-512 is faster is measured, and either may be."""
-    usable = usable_families()
-    return usable[:2] if usable[0] == "avx512" else usable[:1]
+    usable = _core.kernel_names(usable=True)
+    return list(usable[:2] if usable[0] == "avx512" else usable[:1])
 
 
 def test_the_families_are_known_by_name_and_best_first():
@@ -101,7 +92,7 @@ def test_a_family_is_in_every_build_for_its_architecture_and_in_no_other(name):
 
 def test_a_cpu_that_runs_a_family_runs_those_below_it():
     # one that has AVX-512 has AVX2; the two with AVX-512 want the same of it
-    usable = usable_families()
+    usable = _core.kernel_names(usable=True)
     assert ("avx512" in usable) == ("avx512-256" in usable)
     assert "avx2" in usable or "avx512" not in usable
     assert set(usable) >= EVERYWHERE

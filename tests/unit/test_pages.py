@@ -48,9 +48,9 @@ def test_pages_refuse_a_page_size_that_cannot_be(page_size):
         _core.Pages(bytes(8192), page_size)
 
 
-def test_a_piece_of_a_page_at_the_end_is_no_page():
-    assert _core.Pages(bytes(64 * 3 - 1), 64).npages == 2
-    assert _core.Pages(b"", 64).npages == 0
+def test_a_piece_of_a_page_is_refused():
+    with pytest.raises(ValueError, match="191 bytes are not a whole number of pages of 64"):
+        _core.Pages(bytes(64 * 3 - 1), 64)
 
 
 def test_only_writable_memory_can_be_pinned_for_writing():

@@ -2,28 +2,19 @@
  * libFuzzer target: RAM records from a hostile peer through parser, placement and page log.
  *
  *   clang -g -O1 -std=gnu11 -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all \
- *       -D_GNU_SOURCE -Icsrc -o fuzz_ramio tests/fuzz/fuzz_ramio.c $(ls csrc/[a-z]*.c)
+ *       -D_GNU_SOURCE -Icsrc -o fuzz_ramio tests/native/fuzz_ramio.c $(ls csrc/[a-z]*.c)
  *   ./fuzz_ramio -max_len=8192 -max_total_time=60 CORPUS_FOLDER
  *
  * The first byte of the input chooses page size, capacity and how the rest is cut; the rest are
  * records. Checked: what the parser says lies within its input and its blocks, cutting the input
  * changes nothing, encoding what was parsed and parsing that gives it back, and the page log's
  * file, parsed again, holds what memory holds. */
-#include <stdio.h>
-#include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include "check.h"
 #include "mig.h"
-
-#define CHECK(condition)                                                             \
-    do {                                                                             \
-        if (!(condition)) {                                                          \
-            fprintf(stderr, "%s:%d: %s\n", __FILE__, __LINE__, #condition);          \
-            abort();                                                                 \
-        }                                                                            \
-    } while (0)
 
 enum { NBLOCKS = 3, MAX_PAGES = 70, MAX_CAPACITY = 64, OUT_ARENA = 1 << 16, OUT_IOV = 512 };
 
@@ -132,15 +123,23 @@ static void check_results(const struct mig_ram_parser *p, int stop, size_t len)
     }
 }
 
+/* Selecting takes measurements. */
+static const struct mig_kernels *kernels(void)
+{
+    static const struct mig_kernels *k;
+
+    CHECK(k || mig_kernels_select(NULL, &k) == 0);
+    return k;
+}
+
 static void place(const struct mig_ram_parser *p, struct guest *g, const uint8_t *buf, bool fresh)
 {
-    const struct mig_kernels *k;
     struct mig_pages pages;
 
-    CHECK(mig_kernels_select(NULL, &k) == 0);
     if (p->npages) {
         pages = guest_pages(g, p->current);
-        mig_ram_place(k, &pages, g->received[p->current], fresh, buf, p->page, p->src, p->npages);
+        mig_ram_place(kernels(), &pages, g->received[p->current], fresh, buf, p->page, p->src,
+                      p->npages);
     }
 }
 
@@ -150,7 +149,6 @@ static void encode_again(const struct mig_ram_parser *p, struct guest *g)
     static uint8_t arena[OUT_ARENA];
     static struct iovec iov[OUT_IOV];
     struct mig_out out = {.iov = iov, .max_iov = OUT_IOV, .arena = arena, .arena_size = OUT_ARENA};
-    const struct mig_kernels *k;
     struct mig_pages pages = guest_pages(g, p->current);
     const struct mig_ram_block *block = &blocks[p->current];
     uint64_t zero[mig_bitmap_nwords(MAX_CAPACITY)];
@@ -158,8 +156,7 @@ static void encode_again(const struct mig_ram_parser *p, struct guest *g)
     uint8_t *flat;
     size_t done, at = 0;
 
-    CHECK(mig_kernels_select(NULL, &k) == 0);
-    CHECK(mig_zero_pages(k, &pages, p->page, p->npages, zero) <= p->npages);
+    CHECK(mig_zero_pages(kernels(), &pages, p->page, p->npages, zero) <= p->npages);
     done = mig_ram_encode(&out, &pages, block->name, block->name_len, p->page, 0, p->npages, zero);
     CHECK(done == p->npages);
     CHECK(out.niov <= out.max_iov && out.used <= out.arena_size);
@@ -178,7 +175,7 @@ static void encode_again(const struct mig_ram_parser *p, struct guest *g)
 
         CHECK(again.page[i] == p->page[i]);
         if (again.src[i] < 0) {
-            CHECK(again.src[i] == -1 && k->is_zero(page, p->page_size));
+            CHECK(again.src[i] == -1 && kernels()->is_zero(page, p->page_size));
         } else {
             CHECK(memcmp(flat + again.src[i], page, p->page_size) == 0);
         }

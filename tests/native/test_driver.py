@@ -1,0 +1,68 @@
+"""The kernels without Python: under sanitizers, on another CPU, against a fuzzer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from native.programs import build, run, tool
+
+from mig import _core
+
+SANITIZE = [
+    *["-O1", "-fno-omit-frame-pointer"],
+    *["-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
+]
+DRIVER = [
+    *["driver.c", "driver_bitmap.c", "driver_cache.c", "driver_records.c", "driver_xbzrle.c"],
+    "simple_xbzrle.c",
+]
+#: by fuzz target: its sources, and an input to begin with
+TARGETS = {
+    "fuzz_ramio": (
+        ["fuzz_ramio.c"],
+        b"\x0c"
+        + b"\0\0\0\0\0\0\0\x08\x03ram"
+        + b"\x5a" * 64
+        + b"\0\0\0\0\0\0\0\x68"
+        + b"\x5a" * 64
+        + b"\0\0\0\0\0\0\0\xa2\0"
+        + b"\0\0\0\0\0\0\0\x10",
+    ),
+    "fuzz_xbzrle": (
+        ["fuzz_xbzrle.c", "simple_xbzrle.c"],
+        b"\x0c\0\0" + b"\0\x01A" + b"\x80\x01\x02BC",
+    ),
+}
+
+
+def families_that_ran(output: str) -> set[str]:
+    lines = [line.split(": ") for line in output.splitlines()]
+    assert {name for name, _ in lines} == set(_core.kernel_names())
+    return {name for name, verdict in lines if verdict == "fine"}
+
+
+def test_every_kernel_at_the_end_of_its_memory(tmp_path: Path) -> None:
+    clang = tool("clang", "clang libclang-rt-dev")
+    program = build(tmp_path / "driver", clang, DRIVER, [*SANITIZE, "-pthread"])
+    assert families_that_ran(run(program)) == set(_core.kernel_names(usable=True))
+
+
+def test_neon_kernels_on_an_emulated_cpu(tmp_path: Path) -> None:
+    compiler = tool("aarch64-linux-gnu-gcc", "gcc-aarch64-linux-gnu libc6-dev-arm64-cross")
+    emulator = tool("qemu-aarch64-static", "qemu-user-static")
+    program = build(tmp_path / "driver", compiler, DRIVER, ["-O2", "-static", "-pthread"])
+    assert families_that_ran(run(emulator, program)) == {"neon", "scalar"}
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_fuzz_target(tmp_path: Path, target: str) -> None:
+    """A few thousand inputs, so that the target cannot rot; fuzz longer by hand."""
+    clang = tool("clang", "clang libclang-rt-dev")
+    sources, first = TARGETS[target]
+    program = build(tmp_path / "fuzz", clang, sources, [*SANITIZE, "-fsanitize=fuzzer"])
+    corpus = tmp_path / "corpus"
+    corpus.mkdir()
+    (corpus / "first").write_bytes(first)
+    artifacts = f"-artifact_prefix={tmp_path}/"
+    run(program, "-runs=3000", "-seed=1", "-max_len=2048", artifacts, corpus)
