@@ -8,19 +8,17 @@
 #include <string.h>
 
 #include "kernels.h"
-#include "zero.h"
 
 enum {
-    GROUP = 8,              /* words that are looked at together */
-    STEP_WORDS = STEP / 8, /* words that are passed over together */
+    GROUP = 32, /* words that are looked at together */
+    MANY = 24,  /* when so many of them are not 0, all are listed, */
+    SOME = 8,   /* so many at once */
 };
 
 /* What a family brings: */
-/* STEP_WORDS words are 0. */
-typedef bool (*step_fn)(const uint8_t *words);
-/* False when the words of a group (edges: their edges, for which words[-1] is looked at) are 0;
- * otherwise they are in `out`. */
-typedef bool (*group_fn)(const uint64_t *words, bool edges, uint64_t *out);
+/* Which words of an aligned group are not 0. With `edges` it is about their edges, for which
+ * words[-1] is looked at. Unless none is, they are in `out` then. */
+typedef uint32_t (*group_fn)(const uint64_t *words, bool edges, uint64_t *out);
 /* Lists the set bits of a word, each plus `base`, and returns their number; may write 64 entries
  * whatever it is. */
 typedef size_t (*list_fn)(uint64_t bits, uint64_t base, uint64_t *out);
@@ -64,10 +62,43 @@ MIG_INLINE bool scan_word(struct listing *l, uint64_t *words, uint64_t w, uint64
     return l->n < l->max;
 }
 
+/* A group of the bitmap; false when `out` is full. */
+MIG_INLINE bool scan_group(struct listing *l, uint64_t *words, uint64_t w, bool edges, bool clear,
+                           group_fn group, list_fn list)
+{
+    uint64_t some[GROUP];
+    uint32_t busy = group(words + w, edges, some);
+    size_t done = 0;
+
+    if (__builtin_popcount(busy) >= MANY) {
+        /* while there is room for whatever they hold */
+        for (; done < GROUP && l->max - l->n >= SOME * 64; done += SOME) {
+            for (size_t i = done; i < done + SOME; i++) {
+                l->n += list(some[i], (w + i) * 64, l->out + l->n);
+            }
+            if (clear) {
+                memset(words + w + done, 0, SOME * sizeof(*words));
+            }
+        }
+        busy = done < GROUP ? busy & ~UINT32_C(0) << done : 0;
+    }
+    for (; busy; busy &= busy - 1) {
+        size_t i = (size_t)__builtin_ctz(busy);
+        uint64_t rest = put_word(l, some[i], (w + i) * 64, list);
+
+        if (clear) {
+            words[w + i] = rest;
+        }
+        if (l->n == l->max) {
+            return false;
+        }
+    }
+    return true;
+}
+
 /* Lists the bits from..nbits of a bitmap, removing them from it when `clear`. */
 MIG_INLINE size_t scan(uint64_t *words, uint64_t nbits, uint64_t from, uint64_t *out, size_t max,
-                       bool edges, bool clear, step_fn step, group_fn group,
-                       list_fn list)
+                       bool edges, bool clear, group_fn group, list_fn list)
 {
     struct listing l = {.out = out, .max = max};
     uint64_t w = from / 64, last = (nbits - 1) / 64;
@@ -80,41 +111,14 @@ MIG_INLINE size_t scan(uint64_t *words, uint64_t nbits, uint64_t from, uint64_t 
     if (!scan_word(&l, words, w++, first_mask, 0, edges, clear, list)) {
         return max;
     }
-    for (; w < last && (uintptr_t)(words + w) % (GROUP * sizeof(*words)); w++) {
+    for (; w < last && (uintptr_t)(words + w) % 64; w++) {
         if (!scan_word(&l, words, w, ~UINT64_C(0), words[w - 1] >> 63, edges, clear, list)) {
             return max;
         }
     }
     for (; w + GROUP <= last; w += GROUP) {
-        uint64_t some[GROUP];
-
-        while (!edges && w + STEP_WORDS <= last && step((const uint8_t *)(words + w))) {
-            w += STEP_WORDS;
-        }
-        if (w + GROUP > last) {
-            break;
-        }
-        if (!group(words + w, edges, some)) {
-            continue;
-        }
-        if (max - l.n >= GROUP * 64) {
-            for (size_t i = 0; i < GROUP; i++) {
-                l.n += list(some[i], (w + i) * 64, out + l.n);
-            }
-            if (clear) {
-                memset(words + w, 0, GROUP * sizeof(*words));
-            }
-            continue;
-        }
-        for (size_t i = 0; i < GROUP; i++) {
-            uint64_t rest = put_word(&l, some[i], (w + i) * 64, list);
-
-            if (clear) {
-                words[w + i] = rest;
-            }
-            if (l.n == max) {
-                return max;
-            }
+        if (!scan_group(&l, words, w, edges, clear, group, list)) {
+            return max;
         }
     }
     for (; w <= last; w++) {
@@ -133,31 +137,43 @@ MIG_INLINE size_t scan(uint64_t *words, uint64_t nbits, uint64_t from, uint64_t 
     target size_t mig_bits_##family(const uint64_t *words, uint64_t nbits, uint64_t from,       \
                                     uint64_t *out, size_t max)                                  \
     {                                                                                           \
-        return scan((uint64_t *)words, nbits, from, out, max, false, false, step_##family,      \
-                    group_##family, list_##family);                                                             \
+        return scan((uint64_t *)words, nbits, from, out, max, false, false, group_##family,     \
+                    list_##family);                                                             \
     }                                                                                           \
     target size_t mig_take_##family(uint64_t *words, uint64_t nbits, uint64_t from,             \
                                     uint64_t *out, size_t max)                                  \
     {                                                                                           \
-        return scan(words, nbits, from, out, max, false, true, step_##family, group_##family,   \
-                    list_##family);                                                             \
+        return scan(words, nbits, from, out, max, false, true, group_##family, list_##family);  \
     }                                                                                           \
     target size_t mig_edges_##family(const uint64_t *words, uint64_t nbits, uint64_t from,      \
                                      uint64_t *out, size_t max)                                 \
     {                                                                                           \
-        return scan((uint64_t *)words, nbits, from, out, max, true, false, step_##family,       \
-                    group_##family, list_##family);                                                             \
+        return scan((uint64_t *)words, nbits, from, out, max, true, false, group_##family,      \
+                    list_##family);                                                             \
     }
 
-MIG_INLINE bool group_scalar(const uint64_t *words, bool edges, uint64_t *out)
+/* Nothing to list: the words are as if they were all the bit before them, or 0. */
+MIG_INLINE uint64_t nothing(const uint64_t *words, bool edges)
 {
-    uint64_t any = 0;
+    return edges ? -(words[-1] >> 63) : 0;
+}
+
+MIG_INLINE uint32_t group_scalar(const uint64_t *words, bool edges, uint64_t *out)
+{
+    uint64_t idle = nothing(words, edges), any = 0;
+    uint32_t busy = 0;
 
     for (size_t i = 0; i < GROUP; i++) {
-        out[i] = edges ? words[i] ^ (words[i] << 1 | words[(ptrdiff_t)i - 1] >> 63) : words[i];
-        any |= out[i];
+        any |= words[i] ^ idle;
     }
-    return any != 0;
+    if (!any) {
+        return 0;
+    }
+    for (size_t i = 0; i < GROUP; i++) {
+        out[i] = edges ? words[i] ^ (words[i] << 1 | words[(ptrdiff_t)i - 1] >> 63) : words[i];
+        busy |= (uint32_t)(out[i] != 0) << i;
+    }
+    return busy;
 }
 
 MIG_INLINE size_t list_scalar(uint64_t bits, uint64_t base, uint64_t *out)
@@ -184,22 +200,28 @@ MIG_TARGET_AVX2 MIG_INLINE __m256i edges_avx2(__m256i v, const uint64_t *words)
     return _mm256_xor_si256(v, _mm256_or_si256(_mm256_add_epi64(v, v), before));
 }
 
-MIG_TARGET_AVX2 MIG_INLINE bool group_avx2(const uint64_t *words, bool edges, uint64_t *out)
+MIG_TARGET_AVX2 MIG_INLINE uint32_t group_avx2(const uint64_t *words, bool edges, uint64_t *out)
 {
-    __m256i low = _mm256_loadu_si256((const void *)words);
-    __m256i high = _mm256_loadu_si256((const void *)(words + 4)), any;
+    __m256i idle = _mm256_set1_epi64x((long long)nothing(words, edges));
+    __m256i v[GROUP / 4], any = _mm256_setzero_si256();
+    uint32_t busy = 0;
 
-    if (edges) {
-        low = edges_avx2(low, words);
-        high = edges_avx2(high, words + 4);
+    for (size_t i = 0; i < GROUP / 4; i++) {
+        v[i] = _mm256_loadu_si256((const void *)(words + 4 * i));
+        any = _mm256_or_si256(any, _mm256_xor_si256(v[i], idle));
     }
-    any = _mm256_or_si256(low, high);
     if (_mm256_testz_si256(any, any)) {
-        return false;
+        return 0;
     }
-    _mm256_storeu_si256((void *)out, low);
-    _mm256_storeu_si256((void *)(out + 4), high);
-    return true;
+    for (size_t i = 0; i < GROUP / 4; i++) {
+        __m256i zero;
+
+        v[i] = edges ? edges_avx2(v[i], words + 4 * i) : v[i];
+        _mm256_storeu_si256((void *)(out + 4 * i), v[i]);
+        zero = _mm256_cmpeq_epi64(v[i], _mm256_setzero_si256());
+        busy |= (uint32_t)_mm256_movemask_pd(_mm256_castsi256_pd(zero)) << 4 * i;
+    }
+    return ~busy;
 }
 
 MIG_TARGET_AVX2 MIG_INLINE size_t list_avx2(uint64_t bits, uint64_t base, uint64_t *out)
@@ -218,18 +240,31 @@ MIG_TARGET_AVX2 MIG_INLINE size_t list_avx2(uint64_t bits, uint64_t base, uint64
 
 SCANNERS(avx2, MIG_TARGET_AVX2)
 
-MIG_TARGET_AVX512 MIG_INLINE bool group_avx512(const uint64_t *words, bool edges, uint64_t *out)
+MIG_TARGET_AVX512 MIG_INLINE uint32_t group_avx512(const uint64_t *words, bool edges,
+                                                   uint64_t *out)
 {
-    __m512i v = _mm512_loadu_si512(words);
+    __m512i idle = _mm512_set1_epi64((long long)nothing(words, edges));
+    __m512i v[GROUP / 8], any = _mm512_setzero_si512();
+    uint32_t busy = 0;
 
-    if (edges) {
-        v = _mm512_xor_si512(v, _mm512_shldi_epi64(v, _mm512_loadu_si512(words - 1), 1));
+    for (size_t i = 0; i < GROUP / 8; i++) {
+        v[i] = _mm512_loadu_si512(words + 8 * i);
+        /* any | (v ^ idle) */
+        any = _mm512_ternarylogic_epi64(any, v[i], idle, 0xf6);
     }
-    if (!_mm512_test_epi64_mask(v, v)) {
-        return false;
+    if (!_mm512_test_epi64_mask(any, any)) {
+        return 0;
     }
-    _mm512_storeu_si512(out, v);
-    return true;
+    for (size_t i = 0; i < GROUP / 8; i++) {
+        if (edges) {
+            __m512i before = _mm512_loadu_si512(words + 8 * i - 1);
+
+            v[i] = _mm512_xor_si512(v[i], _mm512_shldi_epi64(v[i], before, 1));
+        }
+        _mm512_storeu_si512(out + 8 * i, v[i]);
+        busy |= (uint32_t)_mm512_test_epi64_mask(v[i], v[i]) << 8 * i;
+    }
+    return busy;
 }
 
 /* Entries 8 i .. 8 i + 7 of a list: numbers of bits are bytes in `at`. */

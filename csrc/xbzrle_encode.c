@@ -23,6 +23,14 @@ enum {
     NOT_OPEN = 1 << 20,
 };
 
+/* Reads memory that somebody may be writing; left to itself a compiler reads it again rather than
+ * keep what it has read. */
+#define ONCE(type, from)                                                                        \
+    __extension__({                                                                             \
+        typedef type once __attribute__((aligned(1), may_alias));                               \
+        *(const volatile once *)(const void *)(from);                                           \
+    })
+
 /* What a family brings: */
 /* GROUP bytes are equal. */
 typedef bool (*same_fn)(const uint8_t *old, const uint8_t *new);
@@ -65,7 +73,7 @@ static uint64_t diff_tail(uint8_t *old, const uint8_t *new, size_t nbytes, bool 
     uint64_t mask = 0;
 
     for (size_t i = 0; i < nbytes; i++) {
-        uint8_t byte = *(const volatile uint8_t *)(new + i);
+        uint8_t byte = ONCE(uint8_t, new + i);
 
         mask |= (uint64_t)(old[i] != byte) << i;
         if (update) {
@@ -250,20 +258,13 @@ MIG_INLINE bool same_scalar(const uint8_t *old, const uint8_t *new)
     return !any;
 }
 
-typedef uint64_t unaligned64 __attribute__((aligned(1), may_alias));
-
-MIG_INLINE uint64_t word(const uint8_t *p)
-{
-    return *(const volatile unaligned64 *)(const void *)p;
-}
-
 MIG_INLINE uint64_t diff_scalar(uint8_t *old, const uint8_t *new, bool update)
 {
     const uint64_t low = UINT64_C(0x7f7f7f7f7f7f7f7f);
     uint64_t mask = 0;
 
     for (size_t i = 0; i < BLOCK; i += 8) {
-        uint64_t bytes = word(new + i), x = word(old + i) ^ bytes;
+        uint64_t bytes = ONCE(uint64_t, new + i), x = ONCE(uint64_t, old + i) ^ bytes;
 
         if (x) {
             /* bit 7 of every byte that is not 0, then those bits side by side */
@@ -308,7 +309,7 @@ MIG_INLINE uint64_t diff_sse2(uint8_t *old, const uint8_t *new, bool update)
     uint64_t equal = 0;
 
     for (size_t i = 0; i < BLOCK; i += 16) {
-        __m128i bytes = _mm_loadu_si128((const void *)(new + i));
+        __m128i bytes = ONCE(__m128i, new + i);
         __m128i same = _mm_cmpeq_epi8(bytes, _mm_loadu_si128((const void *)(old + i)));
 
         equal |= (uint64_t)(unsigned)_mm_movemask_epi8(same) << i;
@@ -337,8 +338,7 @@ MIG_TARGET_AVX2 MIG_INLINE bool same_avx2(const uint8_t *old, const uint8_t *new
 
 MIG_TARGET_AVX2 MIG_INLINE uint64_t diff_avx2(uint8_t *old, const uint8_t *new, bool update)
 {
-    __m256i low = _mm256_loadu_si256((const void *)new);
-    __m256i high = _mm256_loadu_si256((const void *)(new + 32));
+    __m256i low = ONCE(__m256i, new), high = ONCE(__m256i, new + 32);
     __m256i same_low = _mm256_cmpeq_epi8(low, _mm256_loadu_si256((const void *)old));
     __m256i same_high = _mm256_cmpeq_epi8(high, _mm256_loadu_si256((const void *)(old + 32)));
     uint64_t equal = (uint32_t)_mm256_movemask_epi8(same_low) |
@@ -378,7 +378,7 @@ MIG_INLINE bool same_avx512(const uint8_t *old, const uint8_t *new)
 
 MIG_TARGET_AVX512 MIG_INLINE uint64_t diff_avx512(uint8_t *old, const uint8_t *new, bool update)
 {
-    __m512i bytes = _mm512_loadu_si512(new);
+    __m512i bytes = ONCE(__m512i, new);
     uint64_t mask = _mm512_cmpneq_epi8_mask(bytes, _mm512_loadu_si512(old));
 
     if (update && mask) {
@@ -427,7 +427,7 @@ MIG_INLINE uint64_t diff_neon(uint8_t *old, const uint8_t *new, bool update)
 
     /* one bit of each byte that differs, then sums of neighbours until eight bits are a byte */
     for (size_t i = 0; i < 4; i++) {
-        uint8x16_t bytes = vld1q_u8(new + 16 * i);
+        uint8x16_t bytes = ONCE(uint8x16_t, new + 16 * i);
 
         bits[i] = vbicq_u8(bit, vceqq_u8(bytes, vld1q_u8(old + 16 * i)));
         if (update) {

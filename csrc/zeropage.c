@@ -4,9 +4,10 @@
 #include <string.h>
 
 #include "kernels.h"
-#include "zero.h"
 
 enum {
+    /* Bytes that are looked at together. */
+    STEP = 256,
     /* Pages of a batch whose first line is fetched ahead of their turn. Most pages are not zero,
      * and of those it is all that is read. */
     AHEAD = 16,
@@ -83,15 +84,67 @@ bool mig_is_zero_scalar(const uint8_t *bytes, size_t nbytes)
 }
 
 #ifdef MIG_X86
+MIG_INLINE bool vector_sse2(const uint8_t *p)
+{
+    __m128i equal = _mm_cmpeq_epi8(_mm_loadu_si128((const void *)p), _mm_setzero_si128());
+
+    return _mm_movemask_epi8(equal) == 0xffff;
+}
+
+MIG_INLINE bool step_sse2(const uint8_t *p)
+{
+    const __m128i *v = (const void *)p;
+    __m128i any = v[0], other = v[1];
+
+    for (size_t i = 2; i < STEP / 16; i += 2) {
+        any = _mm_or_si128(any, v[i]);
+        other = _mm_or_si128(other, v[i + 1]);
+    }
+    any = _mm_cmpeq_epi8(_mm_or_si128(any, other), _mm_setzero_si128());
+    return _mm_movemask_epi8(any) == 0xffff;
+}
+
 bool mig_is_zero_sse2(const uint8_t *bytes, size_t nbytes)
 {
     return is_zero(bytes, nbytes, step_sse2, vector_sse2, 16);
+}
+
+MIG_TARGET_AVX2 MIG_INLINE bool vector_avx2(const uint8_t *p)
+{
+    __m256i v = _mm256_loadu_si256((const void *)p);
+
+    return _mm256_testz_si256(v, v);
+}
+
+MIG_TARGET_AVX2 MIG_INLINE bool step_avx2(const uint8_t *p)
+{
+    const __m256i *v = (const void *)p;
+    __m256i a = _mm256_or_si256(v[0], v[1]), b = _mm256_or_si256(v[2], v[3]);
+    __m256i c = _mm256_or_si256(v[4], v[5]), d = _mm256_or_si256(v[6], v[7]);
+
+    a = _mm256_or_si256(_mm256_or_si256(a, b), _mm256_or_si256(c, d));
+    return _mm256_testz_si256(a, a);
 }
 
 MIG_TARGET_AVX2
 bool mig_is_zero_avx2(const uint8_t *bytes, size_t nbytes)
 {
     return is_zero(bytes, nbytes, step_avx2, vector_avx2, 32);
+}
+
+MIG_TARGET_AVX512 MIG_INLINE bool vector_avx512(const uint8_t *p)
+{
+    __m512i v = _mm512_loadu_si512(p);
+
+    return !_mm512_test_epi64_mask(v, v);
+}
+
+MIG_TARGET_AVX512 MIG_INLINE bool step_avx512(const uint8_t *p)
+{
+    const __m512i *v = (const void *)p;
+    __m512i any = _mm512_ternarylogic_epi64(_mm512_or_si512(v[0], v[1]), v[2], v[3], 0xfe);
+
+    return !_mm512_test_epi64_mask(any, any);
 }
 
 MIG_TARGET_AVX512
@@ -102,6 +155,19 @@ bool mig_is_zero_avx512(const uint8_t *bytes, size_t nbytes)
 #endif
 
 #ifdef MIG_NEON
+MIG_INLINE bool vector_neon(const uint8_t *p) { return vmaxvq_u8(vld1q_u8(p)) == 0; }
+
+MIG_INLINE bool step_neon(const uint8_t *p)
+{
+    uint8x16_t any = vdupq_n_u8(0), other = any;
+
+    for (size_t i = 0; i < STEP; i += 32) {
+        any = vorrq_u8(any, vld1q_u8(p + i));
+        other = vorrq_u8(other, vld1q_u8(p + i + 16));
+    }
+    return vmaxvq_u8(vorrq_u8(any, other)) == 0;
+}
+
 bool mig_is_zero_neon(const uint8_t *bytes, size_t nbytes)
 {
     return is_zero(bytes, nbytes, step_neon, vector_neon, 16);

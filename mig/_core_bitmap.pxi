@@ -3,6 +3,11 @@
 cdef const char *WORD_FORMAT = b"Q"
 
 
+cdef _shortened(array, size_t n):
+    """The first n rows; a copy where the array would keep much more memory."""
+    return array[:n] if 2 * n >= <size_t>len(array) else array[:n].copy()
+
+
 @cython.final
 cdef class Bitmap:
     """``nbits`` bits, all clear (set with ``fill``), over 64-bit words.
@@ -129,15 +134,17 @@ cdef class Bitmap:
 
         max_bits: length of the result at most
         """
-        cdef uint64_t n = 0 if start >= self.nbits else self.count(start)
+        cdef uint64_t most = self.nbits - start if start < self.nbits else 0
         cdef uint64_t[::1] out
-        if max_bits is not None:
-            n = min(n, max_bits)
-        array = _np.empty(n, dtype=_np.uint64)
-        if n:
-            out = array
-            self.k.bits(self.words, self.nbits, start, &out[0], <size_t>n)
-        return array
+        cdef size_t n
+        # with a limit nothing is counted: short lists cost nothing but themselves
+        most = min(most, max_bits) if max_bits is not None else self.count(start) if most else 0
+        array = _np.empty(most, dtype=_np.uint64)
+        if most == 0:
+            return array
+        out = array
+        n = self.k.bits(self.words, self.nbits, start, &out[0], <size_t>most)
+        return _shortened(array, n)
 
     def runs(self, uint64_t start=0, max_runs=None, max_bits=None):
         """Runs of set bits at or after ``start``: uint64 array of shape (n, 2), (first, end).
@@ -147,19 +154,20 @@ cdef class Bitmap:
         """
         cdef uint64_t left = self.nbits - start if start < self.nbits else 0
         cdef uint64_t budget = left if max_bits is None else min(left, max_bits)
-        # of runs there are at most one for two bits, and at most one for each set bit
-        cdef uint64_t most = min((left + 1) // 2, self.count(start) if left else 0, budget)
+        cdef uint64_t most = min((left + 1) // 2, budget)
         cdef uint64_t[:, ::1] out
         cdef size_t n
         if max_runs is not None:
             most = min(most, max_runs)
+        elif most:
+            most = min(most, self.count(start))
         array = _np.empty((most, 2), dtype=_np.uint64)
         if most == 0:
             return array
         out = array
         n = mig_bitmap_runs(self.k, self.words, self.nbits, start, &out[0, 0], <size_t>most,
                             budget)
-        return array[:n]
+        return _shortened(array, n)
 
     # ---- whole bitmaps
 
