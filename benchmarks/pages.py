@@ -59,8 +59,9 @@ def cache_pages(level: int) -> int:
 L1_PAGES = max(1, cache_pages(1) * 3 // 8)
 L2_PAGES = max(1, cache_pages(2) // 4)
 L3_PAGES = max(1, min(cache_pages(3) // 2, 4096))
-#: pairs of pages that stay in the second level together with their encodings
-HOT_PAIRS = L2_PAGES
+#: pairs of pages that stay in a level together with their encodings
+L1_PAIRS = max(1, L1_PAGES // 2)
+L2_PAIRS = L2_PAGES
 
 
 def free_mib() -> int:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""XBZRLE of pages that stay in the second level of cache: as many pairs as a quarter of it.
+"""XBZRLE of pages that stay in a cache, in loops of C; test_calls.py has what Python adds.
 
-Each page has changes of its own. So few of them can still be learned by the branch predictor,
-which is kind to everyone who branches on them; more would not stay in the cache.
+Each page has changes of its own. Few pages' changes can be learned by the branch predictor, which
+is kind to everyone who branches on them; more would not stay in the cache.
 """
 
 from __future__ import annotations
@@ -15,73 +15,79 @@ import pytest
 
 from mig import _core
 
-from .pages import CHANGES, DEFAULT, HOT_PAIRS, OTHERS, PAGE, Array, aligned, changed, random_pages
+from .pages import (
+    CHANGES,
+    DEFAULT,
+    L1_PAIRS,
+    L2_PAIRS,
+    OTHERS,
+    PAGE,
+    Array,
+    aligned,
+    changed,
+    random_pages,
+)
 from .peers import Code
 
-#: how often a round goes over the pages
-_TIMES = 100
-_SMOKE_TIMES = 2
+#: pages of a round
+_ROUND = 6400
+_SMOKE_ROUND = 128
 _VECTORS = [name for name in ("avx2", "sse2", "neon") if name in (DEFAULT, *OTHERS)]
 
 
-@pytest.fixture(scope="module")
-def old() -> Array:
-    return random_pages(HOT_PAIRS)
+class _Pairs:
+    """Old and new pages, and calls that go over them until a round is full."""
+
+    def __init__(self, code: Code, npairs: int, change: str, smoke: bool) -> None:
+        self._code = code
+        self.old = random_pages(npairs)
+        self.new = changed(self.old, change)
+        self.times = (_SMOKE_ROUND if smoke else _ROUND) // npairs
+
+    @property
+    def count(self) -> int:
+        return len(self.old) * self.times
+
+    def encoder(self, encode: int, loop: str = "each_encode") -> Callable[[], int]:
+        # some peers write a little past what they may
+        out = aligned(len(self.new) + 1)
+        rest = (self.old, self.new, len(self.old), PAGE, out, self.times)
+        return self._code.bind(loop, encode, *rest)
+
+    def mig(self, family: str) -> Callable[[], int]:
+        return self.encoder(self._code.kernels(family), "mig_each_encode")
 
 
-@pytest.fixture(scope="module")
-def times(smoke: bool) -> int:
-    return _SMOKE_TIMES if smoke else _TIMES
-
-
-def _encoder(old: Array, new: Array, family: str, times: int) -> Callable[[], None]:
-    before, after = _core.Pages(old, PAGE), _core.Pages(new, PAGE)
-    kernels = _core.kernels(family)
-    out = aligned(len(new)).reshape(-1)
-    lengths = np.empty(len(new), dtype=np.int32)
-
-    def run() -> None:
-        for _ in range(times):
-            _core.xbzrle_encode_pages(before, after, out, lengths, kernels=kernels)
-
-    return run
-
-
-def _peer(code: Code, encode: int, old: Array, new: Array, times: int) -> Callable[[], int]:
-    # some peers write a little past what they may
-    out = aligned(len(new) + 1)
-    return code.bind("each_encode", encode, old, new, len(new), PAGE, out, times)
-
-
-@pytest.mark.benchmark(group="XBZRLE encode, hot")
-@pytest.mark.parametrize("change", CHANGES)
-def test_encode(measure: Any, code: Code, old: Array, times: int, change: str) -> None:
-    """Through the package, a call for all pairs; `in C`: the same kernel without Python."""
-    new = changed(old, change)
+def _compare_encoders(measure: Any, code: Code, pairs: _Pairs) -> None:
     peers: dict[str, Callable[[], object]] = {}
     for peer in code.peers("encode"):
-        peers[peer.name] = _peer(code, peer["encode"], old, new, times)
-    out = aligned(len(new))
-    peers["mig in C"] = code.bind(
-        "mig_each_encode", code.kernels(DEFAULT), old, new, len(new), PAGE, out, times
-    )
-    peers |= {family: _encoder(old, new, family, times) for family in OTHERS}
-    measure(_encoder(old, new, DEFAULT, times), peers, count=len(new) * times, unit="page")
+        peers[peer.name] = pairs.encoder(peer["encode"])
+    peers |= {family: pairs.mig(family) for family in OTHERS}
+    measure(pairs.mig(DEFAULT), peers, count=pairs.count, unit="page")
 
 
-@pytest.mark.benchmark(group="XBZRLE encode, hot: a family beside scalar encoders")
+@pytest.mark.benchmark(group="XBZRLE encode, pages in the second level of cache")
+@pytest.mark.parametrize("change", CHANGES)
+def test_encode(measure: Any, code: Code, smoke: bool, change: str) -> None:
+    _compare_encoders(measure, code, _Pairs(code, L2_PAIRS, change, smoke))
+
+
+@pytest.mark.benchmark(group="XBZRLE encode, pages in the first level of cache")
+@pytest.mark.parametrize("change", CHANGES)
+def test_encode_l1(measure: Any, code: Code, smoke: bool, change: str) -> None:
+    _compare_encoders(measure, code, _Pairs(code, L1_PAIRS, change, smoke))
+
+
+@pytest.mark.benchmark(group="XBZRLE encode, second level: a family beside scalar encoders")
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("family", _VECTORS)
-def test_encode_with(
-    measure: Any, code: Code, old: Array, times: int, family: str, change: str
-) -> None:
-    new = changed(old, change)
-    peers: dict[str, Callable[[], object]] = {
-        peer.name: _peer(code, peer["encode"], old, new, times)
-        for peer in code.scalar_peers("encode")
-    }
-    peers["scalar"] = _encoder(old, new, "scalar", times)
-    measure(_encoder(old, new, family, times), peers, count=len(new) * times, unit="page")
+def test_encode_with(measure: Any, code: Code, smoke: bool, family: str, change: str) -> None:
+    pairs = _Pairs(code, L2_PAIRS, change, smoke)
+    peers: dict[str, Callable[[], object]] = {}
+    for peer in code.scalar_peers("encode"):
+        peers[peer.name] = pairs.encoder(peer["encode"])
+    peers["scalar"] = pairs.mig("scalar")
+    measure(pairs.mig(family), peers, count=pairs.count, unit="page")
 
 
 def _encodings(old: Array, new: Array) -> tuple[Array, Array]:
@@ -94,28 +100,20 @@ def _encodings(old: Array, new: Array) -> tuple[Array, Array]:
     return np.concatenate(parts), np.array([len(part) for part in parts], dtype=np.int32)
 
 
-@pytest.mark.benchmark(group="XBZRLE decode, hot")
+@pytest.mark.benchmark(group="XBZRLE decode, pages in the second level of cache")
 @pytest.mark.parametrize("change", ["1 byte", "8 words", "1 line", "10%", "50%"])
-def test_decode(measure: Any, code: Code, old: Array, times: int, change: str) -> None:
+def test_decode(measure: Any, code: Code, smoke: bool, change: str) -> None:
     """Those of 50% are a little longer than a page: a sender would not send them."""
-    encodings, lengths = _encodings(old, changed(old, change))
-    page_bytes = old.copy()
-    pages = _core.Pages(page_bytes, PAGE, writable=True)
-
-    def decoder(family: str) -> Callable[[], None]:
-        kernels = _core.kernels(family)
-
-        def run() -> None:
-            for _ in range(times):
-                _core.xbzrle_decode_pages(encodings, lengths, pages, kernels=kernels)
-
-        return run
-
-    common = (encodings, lengths, page_bytes, len(old), PAGE, times)
+    pairs = _Pairs(code, L2_PAIRS, change, smoke)
+    encodings, lengths = _encodings(pairs.old, pairs.new)
+    rest = (encodings, lengths, pairs.old.copy(), len(pairs.old), PAGE, pairs.times)
     peers: dict[str, Callable[[], object]] = {}
     for peer in code.peers("decode"):
-        peers[peer.name] = code.bind("each_decode", peer["decode"], *common)
+        peers[peer.name] = code.bind("each_decode", peer["decode"], *rest)
         assert peers[peer.name]() == len(encodings)
-    peers["mig in C"] = code.bind("mig_each_decode", code.kernels(DEFAULT), *common)
-    peers |= {family: decoder(family) for family in OTHERS}
-    measure(decoder(DEFAULT), peers, count=len(old) * times, unit="page")
+
+    def mig(family: str) -> Callable[[], int]:
+        return code.bind("mig_each_decode", code.kernels(family), *rest)
+
+    peers |= {family: mig(family) for family in OTHERS}
+    measure(mig(DEFAULT), peers, count=pairs.count, unit="page")

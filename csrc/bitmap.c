@@ -172,14 +172,19 @@ uint64_t mig_bitmap_drain(uint64_t *dst, uint64_t *src, uint64_t nbits)
 size_t mig_bitmap_runs(const struct mig_kernels *k, const uint64_t *words, uint64_t nbits,
                        uint64_t from, uint64_t *runs, size_t max, uint64_t budget)
 {
-    size_t nruns = k->edges(words, nbits, from, runs, 2 * max) / 2;
+    size_t nruns;
 
+    max = max < budget ? max : (size_t)budget;
+    nruns = k->edges(words, nbits, from, runs, 2 * max) / 2;
+    if (nruns == 0 || budget >= runs[2 * nruns - 1] - runs[0]) {
+        return nruns; /* without a sum: they cannot have more bits than they span */
+    }
     for (size_t i = 0; i < nruns; i++) {
         uint64_t length = runs[2 * i + 1] - runs[2 * i];
 
         if (length >= budget) {
             runs[2 * i + 1] = runs[2 * i] + budget;
-            return i + (budget != 0);
+            return i + 1;
         }
         budget -= length;
     }
