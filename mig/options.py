@@ -37,7 +37,14 @@ class Capability(StrEnum):
 
 
 #: what the engine can do; switching on any other is an OptionError
-OUTGOING_CAPABILITIES = frozenset({Capability.RETURN_PATH})
+OUTGOING_CAPABILITIES = frozenset(
+    {
+        Capability.AUTO_CONVERGE,
+        Capability.PAUSE_BEFORE_SWITCHOVER,
+        Capability.RETURN_PATH,
+        Capability.SWITCHOVER_ACK,
+    }
+)
 INCOMING_CAPABILITIES = frozenset({Capability.RETURN_PATH, Capability.SWITCHOVER_ACK})
 
 #: (capability, capability it needs)
@@ -75,6 +82,33 @@ class Parameters:
         metadata=_parameter(
             "downtime-limit", "ms", 0, 2_000_000, "longest stand-still of the guest to aim for"
         ),
+    )
+    avail_switchover_bandwidth: int = field(
+        default=0,
+        metadata=_parameter(
+            "avail-switchover-bandwidth",
+            "bytes/s",
+            0,
+            2**63 - 1,
+            "bandwidth to count on while the guest stands still; 0: what was measured",
+        ),
+    )
+    throttle_trigger_threshold: int = field(
+        default=50,
+        metadata=_parameter("throttle-trigger-threshold", "%", 1, 100, "of what is sent"),
+    )
+    cpu_throttle_initial: int = field(
+        default=20, metadata=_parameter("cpu-throttle-initial", "%", 1, 99, "the first step")
+    )
+    cpu_throttle_increment: int = field(
+        default=10, metadata=_parameter("cpu-throttle-increment", "%", 1, 99, "further steps")
+    )
+    cpu_throttle_tailslow: bool = field(
+        default=False,
+        metadata=_parameter("cpu-throttle-tailslow", "on/off", 0, 1, "no larger steps than needed"),
+    )
+    max_cpu_throttle: int = field(
+        default=99, metadata=_parameter("max-cpu-throttle", "%", 1, 99, "the most")
     )
     idle_timeout: float = field(
         default=60.0,

@@ -18,6 +18,7 @@ class Status(StrEnum):
     NONE = "none"
     SETUP = "setup"
     ACTIVE = "active"
+    PRE_SWITCHOVER = "pre-switchover"
     DEVICE = "device"
     COMPLETED = "completed"
     FAILED = "failed"
@@ -30,6 +31,7 @@ class Input(StrEnum):
 
     START = "start"
     CONNECTED = "connected"
+    PAUSE = "pause"
     SWITCHOVER = "switchover"
     FINISH = "finish"
     FAIL = "fail"
@@ -43,16 +45,21 @@ Table = Mapping[tuple[Status, Input], Status]
 OUTGOING: Final[Table] = {
     (Status.NONE, Input.START): Status.SETUP,
     (Status.SETUP, Input.CONNECTED): Status.ACTIVE,
+    (Status.ACTIVE, Input.PAUSE): Status.PRE_SWITCHOVER,
     (Status.ACTIVE, Input.SWITCHOVER): Status.DEVICE,
+    (Status.PRE_SWITCHOVER, Input.SWITCHOVER): Status.DEVICE,
     (Status.DEVICE, Input.FINISH): Status.COMPLETED,
     (Status.SETUP, Input.FAIL): Status.FAILED,
     (Status.ACTIVE, Input.FAIL): Status.FAILED,
+    (Status.PRE_SWITCHOVER, Input.FAIL): Status.FAILED,
     (Status.DEVICE, Input.FAIL): Status.FAILED,
     (Status.SETUP, Input.CANCEL): Status.CANCELLING,
     (Status.ACTIVE, Input.CANCEL): Status.CANCELLING,
+    (Status.PRE_SWITCHOVER, Input.CANCEL): Status.CANCELLING,
     (Status.DEVICE, Input.CANCEL): Status.CANCELLING,
     (Status.CANCELLING, Input.CANCEL): Status.CANCELLING,
     (Status.CANCELLING, Input.CONNECTED): Status.CANCELLING,
+    (Status.CANCELLING, Input.PAUSE): Status.CANCELLING,
     (Status.CANCELLING, Input.SWITCHOVER): Status.CANCELLING,
     (Status.CANCELLING, Input.FINISH): Status.COMPLETED,
     (Status.CANCELLING, Input.FAIL): Status.CANCELLED,

@@ -9,13 +9,25 @@ from mig import _core
 
 
 class DirtyLog(Protocol):
-    """What a migration needs to know about writes to guest memory."""
+    """What a migration needs to know about writes to guest memory.
+
+    chunk_pages: how many pages clear() is called for at once, a power of two; 0 when sync() leaves
+                 nothing to clear and clear() is never called
+    """
+
+    chunk_pages: int
 
     def start(self) -> None:
         """Begin to log; from now on every write to a page sets its bit."""
 
     def sync(self, idstr: str, dirty: _core.Bitmap) -> int:
         """Move the bits of block ``idstr`` into ``dirty``; returns how many were not set there."""
+
+    def clear(self, idstr: str, first_page: int, npages: int) -> None:
+        """These pages are about to be read: log writes to them again from now on.
+
+        Called before the first page of a chunk is sent after a sync (KVM's manual clear).
+        """
 
     def stop(self) -> None:
         """End logging."""
@@ -29,6 +41,8 @@ class SharedDirtyLog:
     A writer calls `mark` *after* it has written: then a page that is sent in between is sent
     again.
     """
+
+    chunk_pages = 0
 
     def __init__(self, npages: Mapping[str, int]) -> None:
         self._bitmaps = {idstr: _core.Bitmap(n) for idstr, n in npages.items()}
@@ -48,6 +62,9 @@ class SharedDirtyLog:
     def sync(self, idstr: str, dirty: _core.Bitmap) -> int:
         """Move the bits of block ``idstr`` into ``dirty``; returns how many were not set there."""
         return dirty.drain(self._bitmaps[idstr])
+
+    def clear(self, idstr: str, first_page: int, npages: int) -> None:
+        """Nothing: sync() has cleared them."""
 
     def stop(self) -> None:
         """End logging."""

@@ -1,70 +1,124 @@
-"""When to stop the guest: policy of precopy, apart from its mechanics."""
+"""When to stop the guest, how far to slow it down: policy of precopy, apart from its mechanics."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from mig.options import Parameters
+
+
+@dataclass(frozen=True, slots=True)
+class Period:
+    """What happened between two syncs of the dirty bitmap, at least a second.
+
+    dirty: bytes of pages that became dirty
+    sent:  bytes of stream
+    """
+
+    seconds: float
+    dirty: int
+    sent: int
+
+
+class ConvergencePolicy(Protocol):
+    """What an outgoing migration asks while the guest runs. Called by its own thread."""
+
+    @property
+    def threshold(self) -> float:
+        """Bytes of dirty memory below which the guest may be stopped; 0: only when all is sent."""
+
+    @property
+    def expected_downtime(self) -> float | None:
+        """Seconds that the guest would stand still if it were stopped now, None when not known."""
+
+    def measured(self, nbytes: int, seconds: float, remaining: int) -> None:
+        """``nbytes`` of stream were sent in ``seconds``, and ``remaining`` bytes are dirty."""
+
+    def throttle(self, period: Period) -> int | None:
+        """Percent of its time that the guest is to stand still from now on, None: no change."""
 
 
 class Convergence:
-    """Decides by what is left and by the bandwidth that was reached.
+    """QEMU's policy.
 
-    downtime_limit: milliseconds
+    The guest may be stopped when what is dirty can be sent within ``downtime-limit``, at the
+    bandwidth that was measured last or at ``avail-switchover-bandwidth`` if that is given. With
+    ``auto_converge`` a guest that dirties more than ``throttle-trigger-threshold`` percent of what
+    is sent, for the second time, is slowed down.
 
-    Matches QEMU: stop when the remaining dirty memory can be sent within the downtime limit.
+    parameters: read at each use, so that they can change meanwhile
     """
 
-    def __init__(self, downtime_limit: int, clock: Callable[[], float] = time.monotonic) -> None:
-        self._limit = downtime_limit / 1000
-        self._clock = clock
-        self._began = clock()
-        self._bandwidth = 0.0
+    def __init__(self, parameters: Callable[[], Parameters], *, auto_converge: bool) -> None:
+        self._parameters = parameters
+        self._auto_converge = auto_converge
+        self._high = 0
+        self._throttle = 0
+        #: bytes of stream per second, as it was measured last
+        self.bandwidth = 0.0
+        self.expected_downtime: float | None = None
 
-    def pass_started(self) -> None:
-        """A pass over dirty memory begins."""
-        self._began = self._clock()
+    @property
+    def _switchover_bandwidth(self) -> float:
+        return self._parameters().avail_switchover_bandwidth or self.bandwidth
 
-    def pass_ended(self, nbytes: int) -> None:
-        """The pass put ``nbytes`` bytes on the wire."""
-        seconds = self._clock() - self._began
+    @property
+    def threshold(self) -> float:
+        """Bytes that can be sent within the downtime limit."""
+        return self._switchover_bandwidth * self._parameters().downtime_limit / 1000
+
+    def measured(self, nbytes: int, seconds: float, remaining: int) -> None:
+        """Take the bandwidth from what was sent."""
         if seconds > 0:
-            self._bandwidth = nbytes / seconds
+            self.bandwidth = nbytes / seconds
+        if self._switchover_bandwidth:
+            self.expected_downtime = remaining / self._switchover_bandwidth
 
-    def may_stop(self, remaining: int) -> bool:
-        """Whether ``remaining`` bytes can be sent while the guest stands still."""
-        return remaining <= self._bandwidth * self._limit
+    def throttle(self, period: Period) -> int | None:
+        """Slow the guest down at every second period in which it dirties too much."""
+        parameters = self._parameters()
+        allowed = period.sent * parameters.throttle_trigger_threshold / 100
+        if period.dirty <= allowed:
+            return None
+        self._high += 1
+        if self._high < 2 or not self._auto_converge:
+            return None
+        self._high = 0
+        if not self._throttle:
+            step = parameters.cpu_throttle_initial
+        elif parameters.cpu_throttle_tailslow:
+            # no more than would bring the rate down to what is allowed
+            running = 100 - self._throttle
+            ideal = running * allowed / period.dirty
+            step = min(int(running - ideal), parameters.cpu_throttle_increment)
+        else:
+            step = parameters.cpu_throttle_increment
+        self._throttle = min(self._throttle + step, parameters.max_cpu_throttle)
+        return self._throttle
 
 
-class RateLimit:
-    """Spreads bytes over time: at most ``bandwidth`` bytes a second, in slices of 100 ms.
+class DirtyRate:
+    """Adds up what syncs find until a period is over; matches migration_bitmap_sync()."""
 
-    bandwidth: bytes per second, 0 for no limit
-    sleep:     waits so many seconds, or raises when the migration is cancelled
-    """
+    #: seconds that a period has at least
+    PERIOD = 1.0
 
-    SLICE = 0.1
+    def __init__(self, page_size: int, now: float, sent: int) -> None:
+        self._page_size = page_size
+        self._began, self._sent_before = now, sent
+        self._fresh = 0
+        #: pages per second, in the last period
+        self.pages_per_second = 0.0
 
-    def __init__(
-        self,
-        bandwidth: int,
-        sleep: Callable[[float], None],
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
-        self._budget = bandwidth * self.SLICE
-        self._sleep = sleep
-        self._clock = clock
-        self._slice_end = clock() + self.SLICE
-        self._used = 0
-
-    def spend(self, nbytes: int) -> None:
-        """Account for bytes sent, and wait when the slices they take are not over yet."""
-        if not self._budget:
-            return
-        now = self._clock()
-        if now >= self._slice_end:
-            self._slice_end, self._used = now + self.SLICE, 0
-        self._used += nbytes
-        if self._used >= self._budget:
-            over = self._slice_end + (self._used / self._budget - 1) * self.SLICE
-            self._sleep(over - now)
-            self._slice_end, self._used = over + self.SLICE, 0
+    def synced(self, fresh: int, now: float, sent: int) -> Period | None:
+        """Count ``fresh`` pages; ``sent`` bytes are sent by now. Returns a period that is over."""
+        self._fresh += fresh
+        seconds = now - self._began
+        if seconds < self.PERIOD:
+            return None
+        period = Period(seconds, self._fresh * self._page_size, sent - self._sent_before)
+        self.pages_per_second = self._fresh / seconds
+        self._began, self._sent_before, self._fresh = now, sent, 0
+        return period

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable, Mapping
 from typing import ClassVar
 
 from mig.channel import Channel, carries_return_path, connect, parse_uri
 from mig.dirty import DirtyLog
-from mig.engine.convergence import Convergence, RateLimit
+from mig.engine.convergence import Convergence, ConvergencePolicy
 from mig.engine.migration import Migration
+from mig.engine.precopy import Precopy
+from mig.engine.rate import RateLimit
 from mig.engine.returnpath import ReturnPath
 from mig.errors import ChannelError, IdleTimeoutError, MigError, OptionError
 from mig.events import Event, PassStarted
 from mig.guest import SourceGuest
 from mig.options import OUTGOING_CAPABILITIES, Capability, Parameters, capability_set
 from mig.ram.save import RamSaver
-from mig.ram.search import PageSearch
+from mig.ram.search import PageSearch, SourceBlock
 from mig.records import Command, FileHeader
 from mig.state import OUTGOING, Input, Status, Table
 from mig.stats import RamStats
@@ -28,6 +31,7 @@ class OutgoingMigration(Migration):
 
     capabilities: names that are on, or a mapping of names to on/off
     parameters:   values by QMP name
+    policy:       when to stop the guest and how far to slow it down; QEMU's when None
     on_event:     told of every event (see mig.events)
 
     When the migration fails or is cancelled the guest runs again and nothing of it is lost. With
@@ -44,19 +48,25 @@ class OutgoingMigration(Migration):
         *,
         capabilities: Iterable[str] | Mapping[str, bool] = (),
         parameters: Mapping[str, object] | None = None,
+        policy: ConvergencePolicy | None = None,
         on_event: Callable[[Event], None] | None = None,
     ) -> None:
         super().__init__(Parameters.from_qmp(parameters or {}), on_event)
         self.capabilities = capability_set(capabilities, OUTGOING_CAPABILITIES)
         self._guest = guest
+        self._policy = policy or Convergence(
+            lambda: self.parameters, auto_converge=Capability.AUTO_CONVERGE in self.capabilities
+        )
         self._uri = ""
         self._channel: Channel | None = None
         self._return_path: ReturnPath | None = None
         self._writer: StreamWriter | None = None
+        self._pinned: list[SourceBlock] = []
         self._search: PageSearch | None = None
         self._log: DirtyLog | None = None
+        self._precopy: Precopy | None = None
+        self._go_on = threading.Event()
         self._stopped = False
-        self._passes = 0
 
     def start(self, uri: str) -> None:
         """Begin to migrate to ``uri``; returns at once.
@@ -70,21 +80,37 @@ class OutgoingMigration(Migration):
         self._uri = uri
         self._launch()
 
+    def migrate_continue(self) -> None:
+        """Go on from status pre-switchover (QMP command migrate-continue); StateError elsewhere."""
+        self._require_status(Status.PRE_SWITCHOVER, Input.SWITCHOVER)
+        self._go_on.set()
+
+    def hint_free(self, idstr: str, first_page: int, npages: int) -> None:
+        """Say that nobody needs what these pages of a block hold; no effect before the first pass.
+
+        To be called before they can be used again: what is written to them later is sent.
+        """
+        if self._precopy is not None:
+            self._precopy.hint_free(idstr, first_page, npages)
+
     # ---- phases -----------------------------------------------------------------------------
 
     def _run(self) -> None:
         channel = self._connect()
         writer = self._writer = StreamWriter(channel)
-        search = self._search = PageSearch(self._guest.source_blocks())
-        for block in search.blocks:
+        blocks = self._guest.source_blocks()
+        for block in blocks:
             block.pages.pin()
+            self._pinned.append(block)
+        self._start_dirty_log()
+        search = self._search = PageSearch(blocks, self._log)
         saver = RamSaver(writer, search, self._guest.ram_section_id, self._counters)
         saver.footers = self._guest.footers
-        self._start_dirty_log()
         self._send_setup(channel, writer, saver)
-        self._iterate(writer, search, saver)
+        precopy = self._precopy = self._prepare_precopy(writer, search, saver)
+        precopy.run()
         self._stop_guest()
-        self._complete(writer, search, saver)
+        self._complete(writer, saver, precopy)
         self._confirm(channel)
 
     def _connect(self) -> Channel:
@@ -112,41 +138,38 @@ class OutgoingMigration(Migration):
         saver.start()
         writer.flush()
 
-    def _iterate(self, writer: StreamWriter, search: PageSearch, saver: RamSaver) -> None:
-        """Passes over dirty memory while the guest runs."""
-        convergence = Convergence(self.parameters.downtime_limit)
-        limit = RateLimit(self.parameters.max_bandwidth, self._sleep)
-        self._passes = 1
-        self._emit(PassStarted(1))
-        while True:
-            before = writer.offset
-            convergence.pass_started()
-            search.rewind()
-            while batch := search.next_batch():
-                at = writer.offset
-                saver.part(batch)
-                writer.flush()
-                limit.spend(writer.offset - at)
-            convergence.pass_ended(writer.offset - before)
-            if not self._sync(search) or convergence.may_stop(search.remaining):
-                return
+    def _prepare_precopy(
+        self, writer: StreamWriter, search: PageSearch, saver: RamSaver
+    ) -> Precopy:
+        return Precopy(
+            search,
+            saver,
+            writer,
+            RateLimit(lambda: self.parameters.max_bandwidth, self._sleep),
+            self._policy,
+            throttle=self._guest.throttle,
+            may_leave=self._may_switch_over,
+            on_pass=lambda number: self._emit(PassStarted(number)),
+            sleep=self._sleep,
+        )
 
-    def _sync(self, search: PageSearch) -> int:
-        """Take over the dirty log; returns how many pages are newly dirty."""
-        if self._log is None:
-            return 0
-        self._passes += 1
-        self._emit(PassStarted(self._passes))
-        return search.sync(self._log)
+    def _may_switch_over(self) -> bool:
+        """Whether the destination has agreed, if it is to be asked (capability switchover-ack)."""
+        if Capability.SWITCHOVER_ACK not in self.capabilities:
+            return True
+        return self._return_path is not None and self._return_path.acked
 
     def _stop_guest(self) -> None:
-        self._move(Input.SWITCHOVER)
         self._mark("stopped")
         self._stopped = True
         self._guest.stop()
+        if Capability.PAUSE_BEFORE_SWITCHOVER in self.capabilities:
+            self._move(Input.PAUSE)
+            self._go_on.wait()
+        self._move(Input.SWITCHOVER)
 
-    def _complete(self, writer: StreamWriter, search: PageSearch, saver: RamSaver) -> None:
-        self._sync(search)
+    def _complete(self, writer: StreamWriter, saver: RamSaver, precopy: Precopy) -> None:
+        precopy.sync(guest_runs=False)
         if self._guest.switchover_start:
             writer.put(Command(CommandType.SWITCHOVER_START).encode())
         saver.end()
@@ -169,10 +192,12 @@ class OutgoingMigration(Migration):
             if failed and self._return_path is not None:
                 self._prefer_peer_error(self._return_path)
             self._close_channel()
-            for block in self._search.blocks if self._search else ():
+            for block in self._pinned:
                 block.pages.unpin()
             if self._log is not None:
                 self._log.stop()
+            if self._precopy is not None and self._precopy.throttle:
+                self._guest.throttle(0)
         finally:
             if failed and self._stopped:
                 self._guest.resume()
@@ -208,6 +233,7 @@ class OutgoingMigration(Migration):
     def _interrupt(self) -> None:
         with self._lock:
             self._cancel.set()
+            self._go_on.set()
             if self._channel is not None:
                 self._channel.cancel()
 
@@ -228,5 +254,5 @@ class OutgoingMigration(Migration):
             duplicate=counters.fill,
             normal=counters.normal,
             page_size=page_size,
-            dirty_sync_count=self._passes,
+            dirty_sync_count=self._precopy.passes if self._precopy else 0,
         )

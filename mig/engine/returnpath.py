@@ -25,6 +25,8 @@ class ReturnPath:
         self._ended = threading.Event()
         #: set before the last bytes are written: an earlier SHUT cannot be true
         self.may_confirm = False
+        #: the destination has said that the switchover may come (capability switchover-ack)
+        self.acked = False
         self.error: MigError | None = None
         self._thread = threading.Thread(target=self._run, name="mig-return-path", daemon=True)
 
@@ -57,7 +59,9 @@ class ReturnPath:
                 if not self.may_confirm:
                     raise PeerError("the destination confirms what was not sent yet")
                 return
-            if message.type not in (ReturnType.PONG, ReturnType.SWITCHOVER_ACK):
+            if message.type == ReturnType.SWITCHOVER_ACK:
+                self.acked = True
+            elif message.type != ReturnType.PONG:
                 raise reader.error(f"{message.type.name} outside of postcopy")
 
     def wait_shut(self, timeout: float | None) -> None:

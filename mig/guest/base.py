@@ -31,6 +31,12 @@ class SourceGuest(Protocol):
     def dirty_log(self) -> DirtyLog | None:
         """Return the log of writes, None when memory does not change."""
 
+    def throttle(self, percent: int) -> None:
+        """Make every vCPU stand still for so much of its time; 0: let it run.
+
+        0 to 99. Called while the guest runs, by capability auto-converge.
+        """
+
     def stop(self) -> None:
         """Stop the vCPUs: from now on nothing writes memory."""
 

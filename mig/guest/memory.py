@@ -25,6 +25,7 @@ class MemoryGuest:
     devices:   everything else that it is
     dirty:     log of writes, None when nothing writes memory while it is sent
     on_stop, on_resume: stop the vCPUs, let them run again
+    on_throttle: make them stand still for so many percent of their time
     """
 
     def __init__(
@@ -36,6 +37,7 @@ class MemoryGuest:
         dirty: DirtyLog | None = None,
         on_stop: Callable[[], None] = lambda: None,
         on_resume: Callable[[], None] = lambda: None,
+        on_throttle: Callable[[int], None] = lambda _: None,
     ) -> None:
         self.memory = memory
         self.devices = devices or DeviceRegistry()
@@ -49,6 +51,7 @@ class MemoryGuest:
         self.switchover_start = False
         self.stop = on_stop
         self.resume = on_resume
+        self.throttle = on_throttle
         self._dirty = dirty
         self._machine = machine
         self._loading: list[tuple[_core.Pages, _core.Bitmap, bool]] = []

@@ -194,6 +194,9 @@ class StreamImage:
         """Return None: a file does not change."""
         return None
 
+    def throttle(self, percent: int) -> None:
+        """Nothing runs."""
+
     def stop(self) -> None:
         """Nothing runs."""
 

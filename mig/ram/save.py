@@ -48,11 +48,15 @@ class RamSaver:
 
     def end(self) -> None:
         """SECTION_END with every page that is still dirty."""
-        self._search.rewind()
         self._writer.put(encode_continuation(SectionType.END, self._section_id))
         while batch := self._search.next_batch():
             self._put(batch)
         self._end_section()
+
+    @property
+    def npages(self) -> int:
+        """Page records so far."""
+        return self._counters.normal + self._counters.fill
 
     def _put(self, batch: PageBatch) -> None:
         block = batch.block

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -22,6 +22,8 @@ class SourceBlock:
     pages:       where its pages are
     detect_zero: look for zero pages; False where all of them are known already
     dirty:       one bit per page that is still to be sent
+    discarded:   (first page, number of pages) of parts that are not plugged in: they are neither
+                 read nor sent, whatever the dirty log says (QEMU's RamDiscardManager)
     """
 
     idstr: str
@@ -29,6 +31,15 @@ class SourceBlock:
     pages: _core.Pages
     detect_zero: bool
     dirty: _core.Bitmap
+    discarded: Sequence[tuple[int, int]] = field(default=())
+
+    def forget_discarded(self) -> int:
+        """Clear the dirty bits of discarded parts; returns how many were set."""
+        forgotten = 0
+        for first, npages in self.discarded:
+            forgotten += self.dirty.count(first, npages)
+            self.dirty.clear(first, npages)
+        return forgotten
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,41 +51,88 @@ class PageBatch:
 
 
 class PageSearch:
-    """Takes dirty pages out of the bitmaps, block after block, in passes.
+    """Takes dirty pages out of the bitmaps, block after block, and begins again after the last.
+
+    log: told before pages are read whose writes it does not log any more (see DirtyLog.clear)
 
     A batch's index array is reused by the next one.
     """
 
-    def __init__(self, blocks: Sequence[SourceBlock]) -> None:
+    def __init__(self, blocks: Sequence[SourceBlock], log: DirtyLog | None = None) -> None:
         self.blocks = blocks
+        self._log = log
         self._index = np.empty(MAX_BATCH, dtype=np.uint64)
+        self._uncleared = self._chunks(log.chunk_pages) if log is not None else {}
+        for block in blocks:
+            block.forget_discarded()
         #: bytes of pages that are dirty now; any thread may read it
         self.remaining = sum(b.dirty.count() * b.pages.page_size for b in blocks)
         self.rewind()
 
+    def _chunks(self, chunk_pages: int) -> dict[str, _core.Bitmap]:
+        """A bit for each chunk of each block: synced, but writes are not logged again yet."""
+        if not chunk_pages:
+            return {}
+        return {
+            b.idstr: _core.Bitmap(-(-b.pages.npages // chunk_pages), fill=True) for b in self.blocks
+        }
+
     def rewind(self) -> None:
-        """Begin a new pass at the first page of the first block."""
+        """Go on with the first page of the first block."""
         self._block = 0
         self._page = 0
 
-    def next_batch(self) -> PageBatch | None:
-        """Take the next dirty pages, clearing their bits; None at the end of the pass."""
-        while self._block < len(self.blocks):
+    def next_batch(self, max_pages: int = MAX_BATCH) -> PageBatch | None:
+        """Take the next dirty pages, clearing their bits; None when no page is dirty.
+
+        max_pages: at least 1; a batch has MAX_BATCH at most
+        """
+        room = self._index[: min(max(max_pages, 1), MAX_BATCH)]
+        # the block that it begins in may have dirty pages before the one it begins with
+        for _ in range(len(self.blocks) + 1 if self.remaining else 0):
+            if self._block == len(self.blocks):
+                self.rewind()
             block = self.blocks[self._block]
-            n = block.dirty.take(self._page, self._index)
+            n = block.dirty.take(self._page, room)
             if n:
-                self._page = int(self._index[n - 1]) + 1
+                index = room[:n]
+                self._page = int(index[-1]) + 1
                 self.remaining -= n * block.pages.page_size
-                return PageBatch(block, self._index[:n])
+                if self._uncleared:
+                    self._clear_log(block, index)
+                return PageBatch(block, index)
             self._block += 1
             self._page = 0
         return None
 
-    def sync(self, log: DirtyLog) -> int:
+    def _clear_log(self, block: SourceBlock, index: PageIndex) -> None:
+        """Before the first page of a chunk is read, writes to the chunk are logged again."""
+        assert self._log is not None
+        size = self._log.chunk_pages
+        uncleared = self._uncleared[block.idstr]
+        for chunk in range(int(index[0]) // size, int(index[-1]) // size + 1):
+            if uncleared[chunk]:
+                uncleared.clear(chunk)
+                first = chunk * size
+                self._log.clear(block.idstr, first, min(size, block.pages.npages - first))
+
+    def forget(self, idstr: str, first: int, npages: int) -> None:
+        """Pages of which nobody needs what they hold: do not send them (free-page hints)."""
+        for block in self.blocks:
+            if block.idstr == idstr:
+                self.remaining -= block.dirty.count(first, npages) * block.pages.page_size
+                block.dirty.clear(first, npages)
+
+    def sync(self) -> int:
         """Take over what the log has; returns how many pages are newly dirty."""
         total = 0
-        for block in self.blocks:
-            fresh = log.sync(block.idstr, block.dirty)
+        for block in self.blocks if self._log is not None else ():
+            assert self._log is not None
+            fresh = self._log.sync(block.idstr, block.dirty)
+            fresh -= block.forget_discarded()
             self.remaining += fresh * block.pages.page_size
             total += fresh
+            if self._uncleared:
+                uncleared = self._uncleared[block.idstr]
+                uncleared.set(0, len(uncleared))
         return total

@@ -1,113 +1,126 @@
-"""Convergence and RateLimit, by clocks that are told what to say."""
+"""Convergence and DirtyRate: numbers in, decisions out."""
 
 from __future__ import annotations
 
 import pytest
 
-from mig.engine.convergence import Convergence, RateLimit
-from mig.errors import CancelledError
+from mig.engine.convergence import Convergence, DirtyRate, Period
+from mig.options import Parameters
 
 
-class Clock:
-    """Time that passes when told to, or in sleep()."""
-
-    def __init__(self) -> None:
-        self.now = 100.0
-        self.slept: list[float] = []
-
-    def __call__(self) -> float:
-        return self.now
-
-    def sleep(self, seconds: float) -> None:
-        self.slept.append(seconds)
-        self.now += seconds
+def convergence(*, auto_converge: bool = False, **parameters: object) -> Convergence:
+    names = {name.replace("_", "-"): value for name, value in parameters.items()}
+    chosen = Parameters.from_qmp(names)
+    return Convergence(lambda: chosen, auto_converge=auto_converge)
 
 
-@pytest.fixture
-def clock() -> Clock:
-    return Clock()
+# ---- when to stop ----------------------------------------------------------------------------
 
 
-def test_the_guest_may_stop_when_the_rest_fits_into_the_downtime(clock):
-    convergence = Convergence(500, clock)
-    convergence.pass_started()
-    clock.now += 2
-    convergence.pass_ended(2000)  # 1000 bytes a second
-    assert convergence.may_stop(500)
-    assert not convergence.may_stop(501)
+def test_what_can_be_sent_within_the_downtime_is_few_enough():
+    policy = convergence(downtime_limit=500)
+    policy.measured(2000, 2.0, 300)
+    assert policy.bandwidth == 1000
+    assert policy.threshold == 500
+    assert policy.expected_downtime == pytest.approx(0.3)
 
 
-def test_before_the_first_pass_only_nothing_fits(clock):
-    convergence = Convergence(300, clock)
-    assert convergence.may_stop(0)
-    assert not convergence.may_stop(1)
+def test_before_anything_was_measured_only_nothing_is_few_enough():
+    policy = convergence()
+    assert policy.threshold == 0
+    assert policy.expected_downtime is None
 
 
-def test_the_bandwidth_is_that_of_the_last_pass(clock):
-    convergence = Convergence(1000, clock)
+def test_the_bandwidth_is_the_last_one():
+    policy = convergence(downtime_limit=1000)
     for nbytes in (1000, 10):
-        convergence.pass_started()
-        clock.now += 1
-        convergence.pass_ended(nbytes)
-    assert convergence.may_stop(10)
-    assert not convergence.may_stop(11)
+        policy.measured(nbytes, 1.0, 0)
+    assert policy.threshold == 10
+    policy.measured(5, 0.0, 0)
+    assert policy.threshold == 10
 
 
-def test_a_pass_that_took_no_time_says_nothing(clock):
-    convergence = Convergence(1000, clock)
-    convergence.pass_started()
-    clock.now += 1
-    convergence.pass_ended(100)
-    convergence.pass_started()
-    convergence.pass_ended(5)
-    assert convergence.may_stop(100)
+def test_a_bandwidth_that_is_given_is_counted_on():
+    policy = convergence(downtime_limit=100, avail_switchover_bandwidth=10_000)
+    assert policy.threshold == 1000
+    policy.measured(50, 1.0, 5000)
+    assert policy.threshold == 1000
+    assert policy.expected_downtime == pytest.approx(0.5)
 
 
-def test_a_downtime_limit_of_zero_needs_everything_sent(clock):
-    convergence = Convergence(0, clock)
-    convergence.pass_started()
-    clock.now += 1
-    convergence.pass_ended(10**9)
-    assert not convergence.may_stop(1)
-    assert convergence.may_stop(0)
+def test_a_limit_can_change_meanwhile():
+    chosen = [Parameters.from_qmp({"downtime-limit": 100})]
+    policy = Convergence(lambda: chosen[0], auto_converge=False)
+    policy.measured(1000, 1.0, 0)
+    chosen[0] = Parameters.from_qmp({"downtime-limit": 200})
+    assert policy.threshold == 200
 
 
-def test_without_limit_nobody_sleeps(clock):
-    limit = RateLimit(0, clock.sleep, clock)
-    for _ in range(100):
-        limit.spend(10**9)
-    assert clock.slept == []
+# ---- slowing down ----------------------------------------------------------------------------
+
+TOO_MUCH = Period(1.0, dirty=600, sent=1000)
+ENOUGH = Period(1.0, dirty=500, sent=1000)
 
 
-def test_below_the_budget_of_a_slice_nobody_sleeps(clock):
-    limit = RateLimit(1000, clock.sleep, clock)
-    limit.spend(99)
-    assert clock.slept == []
-    limit.spend(1)
-    assert clock.slept == [pytest.approx(0.1)]
+def test_a_guest_is_slowed_down_at_every_second_period_of_too_much():
+    policy = convergence(auto_converge=True)
+    steps = [policy.throttle(TOO_MUCH) for _ in range(8)]
+    assert steps == [None, 20, None, 30, None, 40, None, 50]
 
 
-@pytest.mark.parametrize("chunk", [1, 37, 100, 250, 5000])
-@pytest.mark.parametrize("bandwidth", [100, 1000, 12345])
-def test_over_time_no_more_than_the_bandwidth_is_spent(clock, chunk, bandwidth):
-    limit, began, sent = RateLimit(bandwidth, clock.sleep, clock), clock.now, 0
-    for _ in range(200):
-        limit.spend(chunk)
-        sent += chunk
-        # one slice's budget may be used ahead, and the chunk that reaches it is waited for
-        assert sent <= bandwidth * (clock.now - began + RateLimit.SLICE) + 1e-6 * bandwidth
+def test_periods_between_do_not_start_the_count_again():
+    # as in QEMU, which counts periods of too much however far apart
+    policy = convergence(auto_converge=True)
+    assert [policy.throttle(p) for p in (TOO_MUCH, ENOUGH, ENOUGH, TOO_MUCH)] == [None] * 3 + [20]
 
 
-def test_time_that_was_not_used_is_not_saved_up(clock):
-    limit = RateLimit(1000, clock.sleep, clock)
-    clock.now += 50
-    limit.spend(100)
-    assert clock.slept == [pytest.approx(0.1)]
+def test_without_auto_converge_nobody_is_slowed_down():
+    policy = convergence()
+    assert [policy.throttle(TOO_MUCH) for _ in range(6)] == [None] * 6
 
 
-def test_a_sleep_that_is_cancelled_raises(clock):
-    def cancelled(seconds: float) -> None:
-        raise CancelledError("cancelled")
+def test_there_is_a_most():
+    policy = convergence(
+        auto_converge=True, cpu_throttle_initial=60, cpu_throttle_increment=30, max_cpu_throttle=80
+    )
+    steps = [policy.throttle(TOO_MUCH) for _ in range(6)]
+    assert steps == [None, 60, None, 80, None, 80]
 
-    with pytest.raises(CancelledError):
-        RateLimit(10, cancelled, clock).spend(1000)
+
+@pytest.mark.parametrize(("percent", "dirty"), [(1, 11), (50, 501), (100, 1001)])
+def test_how_much_is_too_much_is_a_parameter(percent, dirty):
+    policy = convergence(auto_converge=True, throttle_trigger_threshold=percent)
+    at = Period(1.0, dirty=dirty - 1, sent=1000)
+    above = Period(1.0, dirty=dirty, sent=1000)
+    assert [policy.throttle(p) for p in (at, at, at, above, above)] == [None] * 4 + [20]
+
+
+def test_the_tail_can_be_slow():
+    policy = convergence(
+        auto_converge=True,
+        cpu_throttle_tailslow=True,
+        cpu_throttle_initial=50,
+        cpu_throttle_increment=20,
+    )
+    slightly = Period(1.0, dirty=550, sent=1000)
+    twice = Period(1.0, dirty=1000, sent=1000)
+    assert [policy.throttle(p) for p in (slightly, slightly)] == [None, 50]
+    # it runs half of its time, and 500/550 of that would do
+    assert [policy.throttle(p) for p in (slightly, slightly)] == [None, 54]
+    # half of the 46 % would do, but no step is larger than the increment
+    assert [policy.throttle(p) for p in (twice, twice)] == [None, 74]
+
+
+# ---- periods ---------------------------------------------------------------------------------
+
+
+def test_syncs_add_up_to_a_period_of_a_second():
+    rate = DirtyRate(4096, 10.0, 100)
+    assert rate.synced(5, 10.4, 1000) is None
+    assert rate.synced(7, 10.9, 2000) is None
+    assert rate.pages_per_second == 0
+    assert rate.synced(4, 12.0, 5100) == Period(2.0, dirty=16 * 4096, sent=5000)
+    assert rate.pages_per_second == 8
+    assert rate.synced(1, 12.5, 6000) is None
+    assert rate.synced(2, 13.0, 7000) == Period(1.0, dirty=3 * 4096, sent=1900)
+    assert rate.pages_per_second == 3

@@ -331,6 +331,8 @@ def test_a_guest_that_writes_arrives_as_it_was_when_it_was_stopped(made, living)
 class ScriptedLog:
     """A log that has something to say a fixed number of times."""
 
+    chunk_pages = 0
+
     def __init__(self, memory: GuestMemory, rounds: int) -> None:
         self._memory, self._rounds = memory, rounds
         self.syncs = 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -135,14 +136,92 @@ def test_search_gives_batches_of_limited_length():
     assert seen == list(range(2 * MAX_BATCH + 5))
 
 
-def test_pages_that_get_dirty_behind_the_cursor_wait_for_the_next_pass():
-    block = source_block("a", bytes(4 * PAGE))
-    search = PageSearch([block])
-    search.next_batch()
-    block.dirty.set(1)
-    assert search.next_batch() is None
-    search.rewind()
+class ToldLog:
+    """A log that finds what it is told, and remembers what was cleared."""
+
+    def __init__(self, chunk_pages: int = 0) -> None:
+        self.chunk_pages = chunk_pages
+        self.found: dict[str, list[int]] = {}
+        self.cleared: list[tuple[str, int, int]] = []
+
+    def sync(self, idstr: str, dirty: _core.Bitmap) -> int:
+        found = [page for page in self.found.pop(idstr, []) if not dirty[page]]
+        for page in found:
+            dirty.set(page)
+        return len(found)
+
+    def clear(self, idstr: str, first_page: int, npages: int) -> None:
+        self.cleared.append((idstr, first_page, npages))
+
+
+def test_search_goes_on_from_where_it_is_and_begins_again_after_the_last_block():
+    a, b = source_block("a", bytes(4 * PAGE)), source_block("b", bytes(4 * PAGE))
+    log = ToldLog()
+    search, seen = PageSearch([a, b], log), []
+    for _ in range(3):
+        batch = search.next_batch(2)
+        seen.append((batch.block.idstr, list(batch.index)))
+    log.found = {"a": [3, 0], "b": [1, 3]}
+    assert search.sync() == 3  # page 3 of b was still to be sent
+    while batch := search.next_batch():
+        seen.append((batch.block.idstr, list(batch.index)))
+    assert seen == [
+        ("a", [0, 1]),
+        ("a", [2, 3]),
+        ("b", [0, 1]),
+        ("b", [2, 3]),
+        ("a", [0, 3]),
+        ("b", [1]),
+    ]
+    assert search.remaining == 0
+
+
+def test_search_comes_back_to_the_front_of_the_block_that_it_is_in():
+    block, log = source_block("a", bytes(8 * PAGE)), ToldLog()
+    search = PageSearch([block], log)
+    assert list(search.next_batch(6).index) == list(range(6))
+    log.found = {"a": [2, 7]}
+    search.sync()
+    assert list(search.next_batch().index) == [6, 7]
+    assert list(search.next_batch().index) == [2]
+
+
+def test_writes_are_logged_again_before_the_first_page_of_a_chunk_is_sent():
+    block, log = source_block("a", bytes(70 * PAGE)), ToldLog(chunk_pages=16)
+    search = PageSearch([block], log)
+    search.next_batch(20)
+    assert log.cleared == [("a", 0, 16), ("a", 16, 16)]
+    search.next_batch(4)
+    assert len(log.cleared) == 2
+    while search.next_batch():
+        pass
+    assert log.cleared[2:] == [("a", 32, 16), ("a", 48, 16), ("a", 64, 6)]
+    log.cleared.clear()
+    log.found = {"a": [40]}
+    search.sync()
+    assert list(search.next_batch().index) == [40]
+    assert log.cleared == [("a", 32, 16)]
+
+
+def test_discarded_pages_are_not_sent_whatever_the_log_says():
+    plugged, log = source_block("a", bytes(8 * PAGE)), ToldLog()
+    block = replace(plugged, discarded=[(2, 3), (7, 1)])
+    search = PageSearch([block], log)
+    assert search.remaining == 4 * PAGE
+    assert list(search.next_batch().index) == [0, 1, 5, 6]
+    log.found = {"a": [1, 2, 4, 7]}
+    assert search.sync() == 1
+    assert search.remaining == PAGE
     assert list(search.next_batch().index) == [1]
+
+
+def test_pages_that_nobody_needs_are_not_sent():
+    a, b = source_block("a", bytes(4 * PAGE)), source_block("b", bytes(4 * PAGE))
+    search = PageSearch([a, b])
+    search.forget("b", 1, 2)
+    assert search.remaining == 6 * PAGE
+    assert len(search.next_batch().index) == 4
+    assert list(search.next_batch().index) == [0, 3]
 
 
 def test_search_of_no_blocks_is_over():

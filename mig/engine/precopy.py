@@ -1,0 +1,157 @@
+"""Precopy: the guest runs, and its memory is sent again and again until the rest is small."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+
+from mig.engine.convergence import ConvergencePolicy, DirtyRate
+from mig.engine.rate import RateLimit
+from mig.ram.save import RamSaver
+from mig.ram.search import MAX_BATCH, PageSearch
+from mig.stream.writer import StreamWriter
+
+#: seconds that the loop sends before it looks around, as ram_save_iterate() does
+SLICE = 0.05
+#: seconds over which bandwidth is measured at least
+WINDOW = 0.1
+
+
+class Precopy:
+    """One run of the phase; matches migration_iteration_run() and migration_update_counters().
+
+    policy:    says when the guest may be stopped, and how far it is slowed down
+    throttle:  slows the guest down to a percentage of its time
+    may_leave: whether the destination agrees to the switchover
+    on_pass:   told the number of each pass over dirty memory, before it begins
+    sleep:     waits so many seconds, or raises when the migration is cancelled
+    """
+
+    def __init__(
+        self,
+        search: PageSearch,
+        saver: RamSaver,
+        writer: StreamWriter,
+        limit: RateLimit,
+        policy: ConvergencePolicy,
+        *,
+        throttle: Callable[[int], None],
+        may_leave: Callable[[], bool],
+        on_pass: Callable[[int], None],
+        sleep: Callable[[float], None],
+    ) -> None:
+        self._search = search
+        self._saver = saver
+        self._writer = writer
+        self._limit = limit
+        self._policy = policy
+        self._throttle_guest = throttle
+        self._may_leave = may_leave
+        self._on_pass = on_pass
+        self._sleep = sleep
+        self._page_size = search.blocks[0].pages.page_size if search.blocks else 1
+        self._hints: list[tuple[str, int, int]] = []
+        self._hints_lock = threading.Lock()
+        now = time.monotonic()
+        self._dirty_rate = DirtyRate(self._page_size, now, writer.offset)
+        self._window = (now, writer.offset, saver.npages)
+        #: passes over dirty memory, also the one at the start (QEMU's dirty-sync-count)
+        self.passes = 0
+        #: bytes of stream per second, pages per second, in the last window
+        self.bandwidth = 0.0
+        self.pages_per_second = 0.0
+        #: percent of its time that the guest is made to stand still
+        self.throttle = 0
+
+    @property
+    def dirty_pages_per_second(self) -> float:
+        """How fast the guest makes pages dirty, in the last period of a second or more."""
+        return self._dirty_rate.pages_per_second
+
+    @property
+    def expected_downtime(self) -> float | None:
+        """Seconds; None when the policy does not know."""
+        return self._policy.expected_downtime
+
+    def run(self) -> None:
+        """Return when what is left may be sent while the guest stands still."""
+        self._begin_pass()
+        while not self._may_stop_guest():
+            self._send_slice()
+
+    def sync(self, *, guest_runs: bool = True) -> None:
+        """Take over the dirty log, and act on what it says of the last second."""
+        with self._hints_lock:
+            self._apply_hints()
+            fresh = self._search.sync()
+        self._begin_pass()
+        period = self._dirty_rate.synced(fresh, time.monotonic(), self._writer.offset)
+        if period is None or not guest_runs:
+            return
+        percent = self._policy.throttle(period)
+        if percent is not None and percent != self.throttle:
+            self._throttle_guest(percent)
+            self.throttle = percent
+
+    def hint_free(self, idstr: str, first: int, npages: int) -> None:
+        """Note that nobody needs what these pages hold now. Any thread.
+
+        What is written to them from now on is sent, as all that is written.
+        """
+        with self._hints_lock:
+            self._hints.append((idstr, first, npages))
+
+    def _apply_hints(self) -> None:
+        for hint in self._hints:
+            self._search.forget(*hint)
+        self._hints.clear()
+
+    def _begin_pass(self) -> None:
+        self.passes += 1
+        self._on_pass(self.passes)
+
+    def _may_stop_guest(self) -> bool:
+        """Estimate first: the log is only asked when that may make a difference."""
+        if self._left_too_much():
+            return False
+        self.sync()
+        return not self._left_too_much() and self._may_leave()
+
+    def _left_too_much(self) -> bool:
+        remaining = self._search.remaining
+        return remaining > 0 and remaining >= self._policy.threshold
+
+    def _send_slice(self) -> None:
+        """Send until the slice is over, or until nothing is dirty."""
+        end = time.monotonic() + SLICE
+        while (now := time.monotonic()) < end:
+            if self._hints:
+                with self._hints_lock:
+                    self._apply_hints()
+            room = self._limit.room()
+            batch = self._search.next_batch(MAX_BATCH if room is None else room // self._page_size)
+            if batch is None:
+                self._measure(nothing_left=True)
+                # without log, or without leave to go, there is nothing to do before the next look
+                if not self._may_leave():
+                    self._sleep(end - now)
+                return
+            before = self._writer.offset
+            self._saver.part(batch)
+            self._writer.flush()
+            self._limit.spend(self._writer.offset - before)
+            self._measure()
+
+    def _measure(self, *, nothing_left: bool = False) -> None:
+        """Close the window when it is long enough; a short first one is better than none."""
+        began, offset, npages = self._window
+        now, sent = time.monotonic(), self._writer.offset
+        seconds = now - began
+        enough = seconds >= WINDOW or (nothing_left and not self.bandwidth and seconds > 0)
+        if not enough or sent == offset:
+            return
+        self._window = (now, sent, self._saver.npages)
+        self.bandwidth = (sent - offset) / seconds
+        self.pages_per_second = (self._saver.npages - npages) / seconds
+        self._policy.measured(sent - offset, seconds, self._search.remaining)
