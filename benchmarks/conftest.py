@@ -16,6 +16,8 @@ from typing import Any
 
 import pytest
 
+from mig import _core
+
 from .peers import Code, given_libraries
 
 SMOKE = bool(os.environ.get("MIG_BENCH_SMOKE"))
@@ -183,6 +185,7 @@ def pytest_benchmark_update_machine_info(machine_info: dict[str, Any]) -> None:
         "cpu": _cpu_model(),
         "cpus": os.cpu_count(),
         "kernel": platform.release(),
+        "kernels": _core.KERNELS.name,
         "smoke": SMOKE,
         **given_libraries(),
     }

@@ -163,6 +163,7 @@ def report(results: list[dict[str, Any]]) -> Iterator[str]:
         yield f"- QEMU {', '.join(versions)}"
     yield f"- {results[0]['datetime'][:10]}; machines drift: only ratios within a run mean anything"
     if kernels:
+        yield f"- the kernels that mig chooses here: `{machine['kernels']}`"
         yield from _libraries(machine)
     if machine["smoke"]:
         yield "- **smoke run: too short to mean anything**"

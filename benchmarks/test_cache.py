@@ -12,7 +12,7 @@ import pytest
 
 from mig import _core
 
-from .pages import BATCH, DEFAULT, OTHERS, PAGE, aligned, changed, random_pages
+from .pages import BATCH, CHANGES, DEFAULT, OTHERS, PAGE, aligned, changed, random_pages
 from .peers import CACHE, Code
 
 #: pages of guest memory, in each of its two states: 128 MiB
@@ -35,7 +35,7 @@ def _in_turn(calls: list[Callable[[], int]]) -> Callable[[], int]:
 
 
 @pytest.mark.benchmark(group="XBZRLE, whole step of a sender, DRAM")
-@pytest.mark.parametrize("change", ["8 words", "1 line", "10%", "50%", "alternating", "replaced"])
+@pytest.mark.parametrize("change", list(CHANGES))
 def test_send(measure: Any, code: Code, smoke: bool, change: str) -> None:
     """Look up, compare, encode, update the cache, all pages hits.
 

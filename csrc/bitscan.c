@@ -189,10 +189,6 @@ MIG_INLINE size_t list_scalar(uint64_t bits, uint64_t base, uint64_t *out)
 SCANNERS(scalar, )
 
 #ifdef MIG_X86
-#define group_sse2 group_scalar
-#define list_sse2 list_scalar
-SCANNERS(sse2, )
-
 MIG_TARGET_AVX2 MIG_INLINE __m256i edges_avx2(__m256i v, const uint64_t *words)
 {
     __m256i before = _mm256_srli_epi64(_mm256_loadu_si256((const void *)(words - 1)), 63);
@@ -306,10 +302,4 @@ MIG_TARGET_AVX512 MIG_INLINE size_t list_avx512(uint64_t bits, uint64_t base, ui
 }
 
 SCANNERS(avx512, MIG_TARGET_AVX512)
-#endif
-
-#ifdef MIG_NEON
-#define group_neon group_scalar
-#define list_neon list_scalar
-SCANNERS(neon, )
 #endif

@@ -16,7 +16,8 @@
 #define ARM(family) NULL
 #endif
 
-/* Best first, by the measurements in benchmarks/RESULTS.md. */
+/* Best first, by the measurements in benchmarks/RESULTS.md; choose() decides between the first
+ * two. */
 static const struct {
     const char *name;
     const struct mig_kernels *kernels; /* NULL: not in this build */

@@ -10,6 +10,7 @@
  * inlined into the function that carries the target attribute. */
 #define MIG_INLINE static inline __attribute__((always_inline))
 
+/* Not every family has all of them (families.c). */
 #define MIG_DECLARE_KERNELS(family)                                                             \
     extern const struct mig_kernels mig_kernels_##family;                                       \
     bool mig_is_zero_##family(const uint8_t *bytes, size_t nbytes);                             \

@@ -57,8 +57,8 @@ struct mig_kernels {
      * longer than the format can say. Bytes of dst past the encoding may be written. */
     int64_t (*xbzrle_encode)(const uint8_t *old, const uint8_t *new, size_t nbytes, uint8_t *dst,
                              size_t max);
-    /* The same, and old becomes new, also on overflow. Each byte of new is read once: another
-     * thread may write them meanwhile. */
+    /* The same, and old becomes new, also on overflow. Another thread may write new meanwhile:
+     * what old becomes and what is encoded comes from one and the same read. */
     int64_t (*xbzrle_update)(uint8_t *old, const uint8_t *new, size_t nbytes, uint8_t *dst,
                              size_t max);
     /* Lays an encoding over a page; returns where in the page its last run ended, or
@@ -171,7 +171,7 @@ struct mig_cache {
     size_t mapped;
 };
 
-/* 0 or MIG_E_NOMEM. Pages that are never put into the cache take no memory. */
+/* 0 or MIG_E_NOMEM. Pages take memory as they are put into the cache, 2 MiB at a time. */
 int mig_cache_open(struct mig_cache *c, size_t nslots, size_t page_size);
 void mig_cache_close(struct mig_cache *c);
 
@@ -191,7 +191,7 @@ enum mig_cache_result {
 };
 
 /* Encodes pages index[0..n) of a block at `address` against the cache and puts them into it, in
- * the last stage (the guest stands still) without changing it. Encodings follow each other in out;
+ * the last stage (the guest stands still) without changing a page. Encodings follow each other in out;
  * result[i] is one of the above or a length. A page that is in the cache has to be sent from there,
  * as the guest may have changed it since. Returns the number of pages done: all, unless fewer than
  * a page's bytes are left of `max`. *used: bytes of out. Pages need storage. */

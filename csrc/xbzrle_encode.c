@@ -7,8 +7,9 @@
  * families; they differ in how 64 bytes are compared and how the set bits of a word are listed.
  *
  * The updating form makes the old page equal to the new one in the same pass. The guest may write
- * the new page meanwhile, so each of its bytes is read once: what was compared is what is stored,
- * and the encoding takes its bytes from there. */
+ * the new page meanwhile, so what is compared is stored from the same read, and the encoding takes
+ * its bytes from there. (A look at whether a group has changed at all decides only where that is
+ * done.) */
 #include <string.h>
 
 #include "kernels.h"
@@ -264,8 +265,10 @@ MIG_INLINE uint64_t diff_scalar(uint8_t *old, const uint8_t *new, bool update)
     uint64_t mask = 0;
 
     for (size_t i = 0; i < BLOCK; i += 8) {
-        uint64_t bytes = ONCE(uint64_t, new + i), x = ONCE(uint64_t, old + i) ^ bytes;
+        uint64_t bytes = ONCE(uint64_t, new + i), x;
 
+        memcpy(&x, old + i, sizeof(x));
+        x ^= bytes;
         if (x) {
             /* bit 7 of every byte that is not 0, then those bits side by side */
             x = (((x & low) + low) | x) & ~low;

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 # cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True
-# cython: embedsignature=False, freethreading_compatible=True, auto_pickle=False
+# cython: embedsignature=False, auto_pickle=False
 # cython: autotestdict=False
-"""The only Cython boundary: pin the buffers, check the arguments, make one C call without the
-GIL, turn its return code into an exception in one place.
+"""The only Cython boundary: pin the buffers, check the arguments, make one C call, without the
+GIL where it may be long, turn its return code into an exception in one place.
 
 The module has no mutable state. An object is used by one thread at a time, except that
 ``Bitmap.set_atomic``, ``clear_atomic`` and ``drain`` may run beside each other on one bitmap.
@@ -19,7 +19,7 @@ from cpython.buffer cimport (
     PyBUF_CONTIG, PyBUF_CONTIG_RO, PyBUF_FORMAT, PyBUF_ND, PyBUF_STRIDES, PyBuffer_Release,
     PyObject_GetBuffer,
 )
-from libc.stdint cimport int32_t, int64_t, uint8_t, uint64_t
+from libc.stdint cimport UINT64_MAX, int32_t, int64_t, uint8_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memcpy
 

@@ -19,7 +19,8 @@ cdef class Bitmap:
     One thread at a time, except that any number may use ``set_atomic`` and ``clear_atomic`` while
     one of them calls ``other.drain(bitmap)``.
 
-    IndexError: bits outside of the bitmap. ValueError: bitmaps of different sizes.
+    IndexError: bits outside of the bitmap (OverflowError: below 0). ValueError: bitmaps of
+    different sizes.
 
     kernels: the family of C kernels to use; the default one when None
     """
@@ -69,7 +70,7 @@ cdef class Bitmap:
 
     cdef int check_range(self, uint64_t first, uint64_t nbits) except -1:
         if first > self.nbits or nbits > self.nbits - first:
-            raise IndexError(f"bits {first}..{first + nbits} of a bitmap of {self.nbits}")
+            raise IndexError(f"{nbits} bits from {first} on, of a bitmap of {self.nbits}")
         return 0
 
     cdef int check_same(self, Bitmap other) except -1:
@@ -254,4 +255,6 @@ cdef class Bitmap:
         Concurrent ``source.set_atomic`` calls lose no bit.
         """
         self.check_same(source)
+        if source is self:
+            raise ValueError("a bitmap cannot be drained into itself")
         return mig_bitmap_drain(self.words, source.words, self.nbits)

@@ -5,6 +5,9 @@ cdef class Kernels:
     """The C kernels of one instruction set; all families give the same bits."""
     cdef const mig_kernels *k
 
+    def __cinit__(self):
+        mig_kernels_select("scalar", &self.k)
+
     @property
     def name(self):
         return self.k.name.decode()
@@ -13,7 +16,8 @@ cdef class Kernels:
         cdef Py_buffer view
         cdef bint result
         PyObject_GetBuffer(data, &view, PyBUF_CONTIG_RO)
-        result = self.k.is_zero(<const uint8_t *>view.buf, <size_t>view.len)
+        with nogil:
+            result = self.k.is_zero(<const uint8_t *>view.buf, <size_t>view.len)
         PyBuffer_Release(&view)
         return result
 
@@ -24,7 +28,7 @@ cdef class Kernels:
         cdef size_t n = <size_t>pages.c.npages, nzero
         cdef Bitmap zero
         if index is not None:
-            numbers = index
+            numbers = page_numbers(index)
             n = <size_t>numbers.shape[0]
         zero = Bitmap(n)
         if n == 0:

@@ -1,4 +1,13 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
+
+cdef page_numbers(index):
+    """A copy of page numbers as uint64: they stay what they were when they were checked."""
+    array = _np.asarray(index)
+    if array.size and array.dtype.kind not in "iu":
+        raise TypeError(f"page numbers are integers, not {array.dtype}")
+    return array.astype(_np.uint64, order="C")
+
+
 @cython.final
 cdef class Pages:
     """The pages of one RAM block in a pinned buffer.

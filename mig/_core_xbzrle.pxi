@@ -12,36 +12,35 @@ cdef int check_xbzrle_page(size_t nbytes) except -1:
     return 0
 
 
-def xbzrle_encode(const uint8_t[::1] old not None, const uint8_t[::1] new not None,
-                  uint8_t[::1] out not None, *, Kernels kernels=None):
-    """Encode one page into ``out``; returns the length, or -1 on overflow."""
+cdef int64_t encode_page(const uint8_t[::1] old, const uint8_t[::1] new, uint8_t[::1] out,
+                         Kernels kernels, bint update) except? -2:
     cdef const mig_kernels *k = (<Kernels>KERNELS).k if kernels is None else kernels.k
+    cdef size_t nbytes = <size_t>old.shape[0], room = <size_t>out.shape[0]
     cdef uint8_t nothing
+    cdef uint8_t *dst = &out[0] if room else &nothing
     cdef int64_t length
     if old.shape[0] != new.shape[0]:
         raise ValueError(f"pages of {old.shape[0]} and {new.shape[0]} bytes")
-    check_xbzrle_page(<size_t>old.shape[0])
-    if old.shape[0] == 0:
+    check_xbzrle_page(nbytes)
+    if nbytes == 0:
         return 0
-    length = k.xbzrle_encode(&old[0], &new[0], <size_t>old.shape[0],
-                             &out[0] if out.shape[0] else &nothing, <size_t>out.shape[0])
+    if update:
+        length = k.xbzrle_update(<uint8_t *>&old[0], &new[0], nbytes, dst, room)
+    else:
+        length = k.xbzrle_encode(&old[0], &new[0], nbytes, dst, room)
     return -1 if length == MIG_XBZRLE_OVERFLOW else length
+
+
+def xbzrle_encode(const uint8_t[::1] old not None, const uint8_t[::1] new not None,
+                  uint8_t[::1] out not None, *, Kernels kernels=None):
+    """Encode one page into ``out``; returns the length, or -1 on overflow."""
+    return encode_page(old, new, out, kernels, False)
 
 
 def xbzrle_update(uint8_t[::1] old not None, const uint8_t[::1] new not None,
                   uint8_t[::1] out not None, *, Kernels kernels=None):
     """``xbzrle_encode``, after which old is equal to new."""
-    cdef const mig_kernels *k = (<Kernels>KERNELS).k if kernels is None else kernels.k
-    cdef uint8_t nothing
-    cdef int64_t length
-    if old.shape[0] != new.shape[0]:
-        raise ValueError(f"pages of {old.shape[0]} and {new.shape[0]} bytes")
-    check_xbzrle_page(<size_t>old.shape[0])
-    if old.shape[0] == 0:
-        return 0
-    length = k.xbzrle_update(&old[0], &new[0], <size_t>old.shape[0],
-                             &out[0] if out.shape[0] else &nothing, <size_t>out.shape[0])
-    return -1 if length == MIG_XBZRLE_OVERFLOW else length
+    return encode_page(old, new, out, kernels, True)
 
 
 def xbzrle_decode(const uint8_t[::1] encoding not None, uint8_t[::1] page not None, *,
@@ -104,6 +103,7 @@ def xbzrle_decode_pages(const uint8_t[::1] encodings not None,
     cdef const mig_kernels *k = (<Kernels>KERNELS).k if kernels is None else kernels.k
     cdef size_t page_size = pages.c.page_size, n = <size_t>lengths.shape[0], i, used = 0
     cdef size_t have = <size_t>encodings.shape[0]
+    cdef int32_t length
     cdef int64_t rc = 0
     check_xbzrle_page(page_size)
     if pages.c.where != NULL or not pages.writable or pages.c.npages < n:
@@ -111,16 +111,18 @@ def xbzrle_decode_pages(const uint8_t[::1] encodings not None,
     pages.pins += 1
     with nogil:
         for i in range(n):
-            if lengths[i] <= 0:
+            # once: somebody may be writing it
+            length = (<volatile const int32_t *>&lengths[i])[0]
+            if length <= 0:
                 continue
-            if <size_t>lengths[i] > have - used:
+            if <size_t>length > have - used:
                 rc = MIG_E_XBZRLE_TRUNCATED
                 break
-            rc = k.xbzrle_decode(&encodings[used], <size_t>lengths[i],
+            rc = k.xbzrle_decode(&encodings[used], <size_t>length,
                                  pages.c.base + i * page_size, page_size)
             if rc < 0:
                 break
-            used += <size_t>lengths[i]
+            used += <size_t>length
     pages.pins -= 1
     check(rc)
     return used
@@ -141,8 +143,9 @@ cdef class XbzrleCache:
     Counters of ``encode``: hits, misses; of the hits: unchanged, overflows, encoded_pages with
     encoded_bytes. They go on over ``resize``.
 
-    Pages that were never inserted take no memory. ValueError: sizes that cannot be.
-    MemoryError: the memory cannot be had. One thread at a time; RuntimeError otherwise.
+    Memory is taken as pages are inserted, where the host has huge pages 2 MiB at a time.
+    ValueError: sizes that cannot be. MemoryError: the memory cannot be had. One thread at a time;
+    RuntimeError otherwise.
     """
     cdef mig_cache c
     cdef const mig_kernels *k
@@ -239,21 +242,23 @@ cdef class XbzrleCache:
             return None
         return (<const char *>self.c.pages + slot * self.c.stride)[:self.c.page_size]
 
-    cdef Pages check_pages(self, pages, const uint64_t[::1] index):
+    cdef Pages check_pages(self, pages, const uint64_t[::1] index, uint64_t address):
         """The Pages object behind any buffer, whose pages index[...] exist."""
+        self.check_address(address)
         cdef Pages found = pages if isinstance(pages, Pages) else Pages(pages, self.c.page_size)
         if found.c.page_size != self.c.page_size:
             raise ValueError(f"pages of {found.c.page_size} bytes, a cache of {self.c.page_size}")
+        if found.c.npages and address > UINT64_MAX - found.c.npages * found.c.page_size + 1:
+            raise ValueError(f"a block at {address:#x} goes past the end of the address space")
         if index.shape[0]:
             found.check_indexes(&index[0], <size_t>index.shape[0])
         return found
 
     def insert_pages(self, pages, index, uint64_t generation, *, uint64_t address=0):
         """``insert`` pages index[...] of a block that starts at ``address``; how many were."""
-        cdef const uint64_t[::1] numbers = _np.ascontiguousarray(index, dtype=_np.uint64)
-        cdef Pages source = self.check_pages(pages, numbers)
+        cdef const uint64_t[::1] numbers = page_numbers(index)
+        cdef Pages source = self.check_pages(pages, numbers, address)
         cdef size_t n = <size_t>numbers.shape[0], i, done = 0
-        self.check_address(address)
         source.pins += 1
         self.busy = True
         with nogil:
@@ -280,15 +285,14 @@ cdef class XbzrleCache:
         CACHE_MISS (it is in the cache now), CACHE_OVERFLOW (its encoding would be longer than
         a page) or CACHE_REFUSED (it is not in the cache).
 
-        The guest may go on writing: a page is read once, and what was cached is what was encoded;
-        a whole page has to be sent from the cache too. In the last stage, when the guest stands
-        still, the cache does not change. Matches save_xbzrle_page().
+        The guest may go on writing: what was cached is what was encoded, and a whole page has to be
+        sent from the cache too. In the last stage, when the guest stands still, no cached page
+        changes. Matches save_xbzrle_page().
         """
-        cdef const uint64_t[::1] numbers = _np.ascontiguousarray(index, dtype=_np.uint64)
-        cdef Pages source = self.check_pages(pages, numbers)
+        cdef const uint64_t[::1] numbers = page_numbers(index)
+        cdef Pages source = self.check_pages(pages, numbers, address)
         cdef size_t n = <size_t>numbers.shape[0], used = 0, done, i
         cdef int32_t[::1] results
-        self.check_address(address)
         if source.c.where != NULL:
             raise ValueError("pages of a file do not change")
         if <size_t>out.shape[0] < self.c.page_size:

@@ -66,7 +66,9 @@ def encode_pages(
     old, new: the same number of whole pages of ``page_size`` bytes (a power of two from 64)
 
     lengths: int32 for each page: of its encoding, 0 when nothing changed, OVERFLOW (-1) when it
-    would be longer than a page. The GIL is not held meanwhile.
+    would be longer than a page. The GIL is not held meanwhile, and nobody may write the pages
+    (XbzrleCache.encode is for guests that run). ValueError: pages that do not fit each other, or
+    a page size that cannot be.
     """
     before, after = _core.Pages(old, page_size), _core.Pages(new, page_size)
     # page for page the encoding is no longer than the page
@@ -85,7 +87,8 @@ def decode_pages(
     """Lay encodings as `encode_pages` gives them over ``pages`` (writable), in place.
 
     Pages with a length of 0 or OVERFLOW are left alone. Returns the bytes of ``encodings`` that
-    were used. XbzrleError: one of them is no encoding of its page.
+    were used. XbzrleError: one of them is no encoding of its page. ValueError: fewer pages than
+    lengths. BufferError: pages that cannot be written.
     """
     into = _core.Pages(pages, page_size, writable=True)
     return _core.xbzrle_decode_pages(_flat(encodings), lengths, into)

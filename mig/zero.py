@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from mig import _core
 from mig.wire import DEFAULT_PAGE_BITS
 
@@ -26,14 +24,12 @@ def zero_pages(
 
     data:      contiguous bytes, whole pages: an array, memoryview, mmap, ...
     page_size: bytes, a power of two of at least 64; huge pages are pages too
-    index:     look only at these pages, in this order; bit i of the result is about page index[i]
+    index:     integers: look only at these pages, in this order; bit i is about page index[i]
 
-    Without ``index`` bit i is about page i. ValueError: part of a page. IndexError: a page that is
-    not in the buffer. The GIL is not held meanwhile. Somebody else may be writing: the answer is
-    then about bytes that were there at some moment.
+    Without ``index`` bit i is about page i. ValueError: part of a page, or no such page size.
+    TypeError: page numbers that are no integers. IndexError: a page that is not in the buffer. The
+    GIL is not held meanwhile. Somebody else may be writing: the answer is then about bytes that
+    were there at some moment.
     """
     pages = _core.Pages(data, page_size)
-    if index is not None:
-        numbers = np.ascontiguousarray(index, dtype=np.uint64)
-        return _core.KERNELS.zero_pages(pages, numbers)
-    return _core.KERNELS.zero_pages(pages)
+    return _core.KERNELS.zero_pages(pages, index)

@@ -1147,3 +1147,10 @@ def test_the_oracles_for_large_bitmaps_agree_with_those_for_small_ones(bits, gro
     filled = list(bits)
     oracle.fill_groups(filled, group)
     assert oracle.all_groups(flags, group).tolist() == filled
+
+
+def test_a_bitmap_cannot_be_drained_into_itself():
+    bitmap = Bitmap(10, fill=True)
+    with pytest.raises(ValueError, match="itself"):
+        bitmap.drain(bitmap)
+    assert bitmap.count() == 10

@@ -659,3 +659,22 @@ def test_a_receiver_has_what_is_cached_while_the_pages_are_written(family, page_
     for i in range(npages):
         cached = cache.page(i * page_size)
         assert cached in (None, memory[i * page_size : (i + 1) * page_size].tobytes())
+
+
+def test_a_block_that_wraps_around_the_address_space_is_refused():
+    cache = _core.XbzrleCache(4 * 64, 64)
+    for call in (
+        lambda address: cache.insert_pages(bytes(128), [0], 0, address=address),
+        lambda address: cache.encode(bytes(128), [0], 0, room(64), address=address),
+    ):
+        with pytest.raises(ValueError, match="past the end of the address space"):
+            call(2**64 - 64)
+        call(2**64 - 128)
+
+
+def test_page_numbers_are_integers():
+    cache = _core.XbzrleCache(4 * 64, 64)
+    with pytest.raises(TypeError, match="page numbers are integers"):
+        cache.insert_pages(bytes(128), [True, False], 0)
+    with pytest.raises(TypeError, match="page numbers are integers"):
+        cache.encode(bytes(128), np.array([0.5]), 0, room(64))

@@ -154,3 +154,8 @@ def test_an_empty_mig_kernel_demands_nothing_and_neither_does_none(kernel):
     done = run_python(WORK, kernel)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() in possible_defaults()
+
+
+def test_kernels_of_no_name_are_the_scalar_ones():
+    # the type can be called, and must not crash
+    assert type(_core.KERNELS)().name == "scalar"

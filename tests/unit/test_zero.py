@@ -260,3 +260,9 @@ def test_pages_that_others_are_writing_do_no_harm():
         stop.set()
         for writer in writers:
             writer.join()
+
+
+@pytest.mark.parametrize("index", [[True, False, True], np.array([0.0, 1.0]), ["a"]])
+def test_page_numbers_are_integers(index):
+    with pytest.raises(TypeError, match="page numbers are integers"):
+        mig.zero_pages(THREE, index=index)
