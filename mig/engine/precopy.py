@@ -82,6 +82,8 @@ class Precopy:
 
     def sync(self, *, guest_runs: bool = True) -> None:
         """Take over the dirty log, and act on what it says of the last second."""
+        if not self._search.has_log:
+            return
         with self._hints_lock:
             self._apply_hints()
             fresh = self._search.sync()

@@ -26,6 +26,9 @@ class MemoryGuest:
     dirty:     log of writes, None when nothing writes memory while it is sent
     on_stop, on_resume: stop the vCPUs, let them run again
     on_throttle: make them stand still for so many percent of their time
+
+    discarded:   by block, (first page, number of pages) of memory that is not plugged in: it is
+                 neither read nor sent
     """
 
     def __init__(
@@ -52,6 +55,7 @@ class MemoryGuest:
         self.stop = on_stop
         self.resume = on_resume
         self.throttle = on_throttle
+        self.discarded: dict[str, Sequence[tuple[int, int]]] = {}
         self._dirty = dirty
         self._machine = machine
         self._loading: list[tuple[_core.Pages, _core.Bitmap, bool]] = []
@@ -63,7 +67,16 @@ class MemoryGuest:
         blocks = []
         for block in self.memory:
             dirty = _core.Bitmap(block.pages.npages, fill=True)
-            blocks.append(SourceBlock(block.idstr, block.used_length, block.pages, True, dirty))
+            blocks.append(
+                SourceBlock(
+                    block.idstr,
+                    block.used_length,
+                    block.pages,
+                    detect_zero=True,
+                    dirty=dirty,
+                    discarded=self.discarded.get(block.idstr, ()),
+                )
+            )
         return blocks
 
     def dirty_log(self) -> DirtyLog | None:

@@ -77,6 +77,11 @@ class PageSearch:
             b.idstr: _core.Bitmap(-(-b.pages.npages // chunk_pages), fill=True) for b in self.blocks
         }
 
+    @property
+    def has_log(self) -> bool:
+        """Whether pages can get dirty again."""
+        return self._log is not None
+
     def rewind(self) -> None:
         """Go on with the first page of the first block."""
         self._block = 0
@@ -125,10 +130,11 @@ class PageSearch:
 
     def sync(self) -> int:
         """Take over what the log has; returns how many pages are newly dirty."""
-        total = 0
-        for block in self.blocks if self._log is not None else ():
-            assert self._log is not None
-            fresh = self._log.sync(block.idstr, block.dirty)
+        log, total = self._log, 0
+        if log is None:
+            return 0
+        for block in self.blocks:
+            fresh = log.sync(block.idstr, block.dirty)
             fresh -= block.forget_discarded()
             self.remaining += fresh * block.pages.page_size
             total += fresh

@@ -232,8 +232,10 @@ def test_search_of_no_blocks_is_over():
 # ---- save ------------------------------------------------------------------------------------
 
 
-def saver_of(blocks: list[SourceBlock]) -> tuple[RamSaver, PageSearch, Collector, StreamWriter]:
-    sink, search = Collector(), PageSearch(blocks)
+def saver_of(
+    blocks: list[SourceBlock], log: ToldLog | None = None
+) -> tuple[RamSaver, PageSearch, Collector, StreamWriter]:
+    sink, search = Collector(), PageSearch(blocks, log)
     writer = StreamWriter(sink)
     return RamSaver(writer, search, SECTION, RamCounters()), search, sink, writer
 
@@ -284,7 +286,8 @@ def test_what_is_saved_is_the_oracle_s_stream_and_loads_again(data, seed):
         for name in ("pc.ram", "a", "vga.vram")
     }
     blocks = [source_block(name, memory) for name, memory in memories.items()]
-    saver, search, sink, writer = saver_of(blocks)
+    log = ToldLog()
+    saver, search, sink, writer = saver_of(blocks, log)
     saver.start()
     expected = stream.ram_start(SECTION, {n: len(m) for n, m in memories.items()})
     expected += stream.footer(SECTION)
@@ -301,7 +304,6 @@ def test_what_is_saved_is_the_oracle_s_stream_and_loads_again(data, seed):
         return encoded
 
     for _ in range(data.draw(st.integers(1, 3))):
-        search.rewind()
         while batch := search.next_batch():
             index = [int(i) for i in batch.index]
             saver.part(batch)
@@ -309,11 +311,14 @@ def test_what_is_saved_is_the_oracle_s_stream_and_loads_again(data, seed):
             part = stream.ram_more(2, SECTION, payload(batch.block.idstr, index))
             expected += part + stream.footer(SECTION)
         for block in blocks:
+            log.found[block.idstr] = []
             for i in range(len(block.dirty)):
                 if rng.random() < 0.4:
                     value = rng.choice([0, 0, 3])
                     memories[block.idstr][i * PAGE : (i + 1) * PAGE] = bytes([value]) * PAGE
-                    block.dirty.set(i)
+                    log.found[block.idstr].append(i)
+        search.sync()
+        search.rewind()
     last = b""
     for block in blocks:
         index = [i for i in range(len(block.dirty)) if block.dirty[i]]
