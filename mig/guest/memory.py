@@ -47,8 +47,8 @@ class MemoryGuest:
         self.ram_section_id = _RAM_SECTION
         self.footers = True
         self.switchover_start = False
-        self.stop = on_stop
-        self.resume = on_resume
+        self._on_stop = on_stop
+        self._on_resume = on_resume
         self._dirty = dirty
         self._machine = machine
         self._loading: list[tuple[_core.Pages, _core.Bitmap, bool]] = []
@@ -66,6 +66,14 @@ class MemoryGuest:
     def dirty_log(self) -> DirtyLog | None:
         """Return the log the guest was made with."""
         return self._dirty
+
+    def stop(self) -> None:
+        """Have the owner stop the vCPUs."""
+        self._on_stop()
+
+    def resume(self) -> None:
+        """Have the owner let them run."""
+        self._on_resume()
 
     def save_devices(self) -> bytes:
         """Return the registered devices' sections, EOF and description."""
