@@ -10,7 +10,7 @@ The other end of a stock QEMU::
         outgoing.start("tcp:127.0.0.1:4445"); outgoing.wait()
 
 A guest of your own is a `MemoryGuest`, or any object that satisfies `SourceGuest` and
-`DestinationGuest`.
+`DestinationGuest`. A `ProcessGuest` is one to try things with: it writes its memory and checks it.
 
 The kernels stand on their own, too: `Bitmap`, `zero_pages`, `xbzrle` and `XbzrleCache`.
 """
@@ -33,7 +33,7 @@ from mig import errors, xbzrle
 from mig.dirty import DirtyLog, SharedDirtyLog
 from mig.engine import IncomingMigration, OutgoingMigration
 from mig.errors import MigError
-from mig.guest import DestinationGuest, MemoryGuest, SourceGuest
+from mig.guest import DestinationGuest, MemoryGuest, ProcessGuest, SourceGuest
 from mig.image import StreamCapture, StreamImage, open_image
 from mig.memory import GuestMemory, RamBlock
 from mig.options import Capability, Parameters
@@ -58,6 +58,7 @@ __all__ = [
     "MigError",
     "OutgoingMigration",
     "Parameters",
+    "ProcessGuest",
     "RamBlock",
     "SharedDirtyLog",
     "SourceGuest",

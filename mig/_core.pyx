@@ -6,7 +6,8 @@
 GIL where it may be long, turn its return code into an exception in one place.
 
 The module has no mutable state. An object is used by one thread at a time, except that
-``Bitmap.set_atomic``, ``clear_atomic`` and ``drain`` may run beside each other on one bitmap.
+``Bitmap.set_atomic``, ``clear_atomic`` and ``drain`` may run beside each other on one bitmap, and
+that a ``Workload`` has threads of its own.
 """
 
 import errno as _errno
@@ -72,3 +73,4 @@ include "_core_xbzrle.pxi"
 include "_core_out.pxi"
 include "_core_ram.pxi"
 include "_core_fd.pxi"
+include "_core_workload.pxi"

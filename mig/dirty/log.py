@@ -53,10 +53,17 @@ class SharedDirtyLog:
         if self._logging:
             self._bitmaps[idstr].set_atomic(page_index)
 
+    def bitmap(self, idstr: str) -> _core.Bitmap:
+        """Return the bits of block ``idstr``, for writers that set them themselves, atomically.
+
+        Such a writer need not know whether somebody logs: start() forgets what it set before.
+        """
+        return self._bitmaps[idstr]
+
     def start(self) -> None:
         """Begin to log, with nothing dirty."""
         for bitmap in self._bitmaps.values():
-            bitmap.clear(0, len(bitmap))
+            bitmap.clear_atomic(0, len(bitmap))
         self._logging = True
 
     def sync(self, idstr: str, dirty: _core.Bitmap) -> int:

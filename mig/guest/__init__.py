@@ -1,6 +1,15 @@
-"""What a migration needs from a guest, and the guest that a program builds for itself."""
+"""What a migration needs from a guest, and guests: a program's own, and threads that write."""
 
 from mig.guest.base import DestinationGuest, SourceGuest
 from mig.guest.memory import MemoryGuest
+from mig.guest.process import CorruptPage, GuestCounters, GuestReport, ProcessGuest
 
-__all__ = ["DestinationGuest", "MemoryGuest", "SourceGuest"]
+__all__ = [
+    "CorruptPage",
+    "DestinationGuest",
+    "GuestCounters",
+    "GuestReport",
+    "MemoryGuest",
+    "ProcessGuest",
+    "SourceGuest",
+]

@@ -52,9 +52,9 @@ class MemoryGuest:
         self.ram_section_id = _RAM_SECTION
         self.footers = True
         self.switchover_start = False
-        self.stop = on_stop
-        self.resume = on_resume
-        self.throttle = on_throttle
+        self._on_stop = on_stop
+        self._on_resume = on_resume
+        self._on_throttle = on_throttle
         self.discarded: dict[str, Sequence[tuple[int, int]]] = {}
         self._dirty = dirty
         self._machine = machine
@@ -82,6 +82,18 @@ class MemoryGuest:
     def dirty_log(self) -> DirtyLog | None:
         """Return the log the guest was made with."""
         return self._dirty
+
+    def throttle(self, percent: int) -> None:
+        """Have the vCPUs stand still for ``percent`` of their time, as the guest was made to."""
+        self._on_throttle(percent)
+
+    def stop(self) -> None:
+        """Have the owner stop the vCPUs."""
+        self._on_stop()
+
+    def resume(self) -> None:
+        """Have the owner let them run."""
+        self._on_resume()
 
     def save_devices(self) -> bytes:
         """Return the registered devices' sections, EOF and description."""
