@@ -10,6 +10,7 @@ The module has no mutable state. An object is used by one thread at a time, exce
 """
 
 import errno as _errno
+import mmap as _mmap
 import os as _os
 
 import numpy as _np
@@ -72,3 +73,4 @@ include "_core_xbzrle.pxi"
 include "_core_out.pxi"
 include "_core_ram.pxi"
 include "_core_fd.pxi"
+include "_core_track.pxi"

@@ -11,11 +11,22 @@ from mig import _core
 class DirtyLog(Protocol):
     """What a migration needs to know about writes to guest memory."""
 
+    @property
+    def chunk_pages(self) -> int:
+        """Pages that `clear` is called for at once, a power of two; 0 when it need not be called.
+
+        Whoever sends memory calls it once for each aligned chunk of so many pages between two
+        syncs, before it reads the first page of the chunk.
+        """
+
     def start(self) -> None:
         """Begin to log; from now on every write to a page sets its bit."""
 
     def sync(self, idstr: str, dirty: _core.Bitmap) -> int:
         """Move the bits of block ``idstr`` into ``dirty``; returns how many were not set there."""
+
+    def clear(self, idstr: str, first_page: int, npages: int) -> None:
+        """These pages are about to be read and sent: log writes to them again from now on."""
 
     def stop(self) -> None:
         """End logging."""
@@ -29,6 +40,9 @@ class SharedDirtyLog:
     A writer calls `mark` *after* it has written: then a page that is sent in between is sent
     again.
     """
+
+    #: sync() clears
+    chunk_pages = 0
 
     def __init__(self, npages: Mapping[str, int]) -> None:
         self._bitmaps = {idstr: _core.Bitmap(n) for idstr, n in npages.items()}
@@ -48,6 +62,9 @@ class SharedDirtyLog:
     def sync(self, idstr: str, dirty: _core.Bitmap) -> int:
         """Move the bits of block ``idstr`` into ``dirty``; returns how many were not set there."""
         return dirty.drain(self._bitmaps[idstr])
+
+    def clear(self, idstr: str, first_page: int, npages: int) -> None:
+        """Nothing to do: sync() clears."""
 
     def stop(self) -> None:
         """End logging."""
