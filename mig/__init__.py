@@ -30,7 +30,7 @@ except ModuleNotFoundError as _error:
     ) from None
 
 from mig import errors, xbzrle
-from mig.dirty import DirtyLog, SharedDirtyLog
+from mig.dirty import DirtyLog, SharedDirtyLog, WriteTracker
 from mig.engine import IncomingMigration, OutgoingMigration
 from mig.errors import MigError
 from mig.guest import DestinationGuest, MemoryGuest, ProcessGuest, SourceGuest
@@ -65,6 +65,7 @@ __all__ = [
     "Status",
     "StreamCapture",
     "StreamImage",
+    "WriteTracker",
     "XbzrleCache",
     "__version__",
     "errors",

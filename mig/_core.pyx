@@ -11,6 +11,7 @@ that a ``Workload`` has threads of its own.
 """
 
 import errno as _errno
+import mmap as _mmap
 import os as _os
 
 import numpy as _np
@@ -74,3 +75,4 @@ include "_core_out.pxi"
 include "_core_ram.pxi"
 include "_core_fd.pxi"
 include "_core_workload.pxi"
+include "_core_track.pxi"

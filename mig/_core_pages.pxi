@@ -81,6 +81,11 @@ cdef class Pages:
         return 0
 
     @property
+    def hva(self):
+        """Address of the first byte in this process; 0 after release()."""
+        return <size_t>self.c.base
+
+    @property
     def npages(self):
         return self.c.npages
 

@@ -8,6 +8,7 @@
      ├── StateError             an input that the present state does not accept
      ├── KernelError            the demanded kernel is unknown, not built, or not for this CPU
      ├── XbzrleError            bytes that are no XBZRLE encoding of their page
+     ├── DirtyLogError          writes to the guest's memory cannot be logged
      ├── ChannelError           the connection, file or command failed
      │    ├── IdleTimeoutError  no byte moved for the idle limit
      │    └── PeerError         the other side reported failure, or left without a word
@@ -52,6 +53,10 @@ class KernelError(MigError):
 
 class XbzrleError(MigError):
     """Bytes that are no XBZRLE encoding of the page they are laid over."""
+
+
+class DirtyLogError(MigError):
+    """Writes to the guest's memory cannot be logged, or are not any more."""
 
 
 class ChannelError(MigError):

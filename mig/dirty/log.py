@@ -9,13 +9,15 @@ from mig import _core
 
 
 class DirtyLog(Protocol):
-    """What a migration needs to know about writes to guest memory.
+    """What a migration needs to know about writes to guest memory."""
 
-    chunk_pages: how many pages clear() is called for at once, a power of two; 0 when sync() leaves
-                 nothing to clear and clear() is never called
-    """
+    @property
+    def chunk_pages(self) -> int:
+        """Pages that `clear` is called for at once, a power of two; 0 when it need not be called.
 
-    chunk_pages: int
+        Whoever sends memory calls it once for each aligned chunk of so many pages between two
+        syncs, before it reads the first page of the chunk.
+        """
 
     def start(self) -> None:
         """Begin to log; from now on every write to a page sets its bit."""
@@ -24,10 +26,7 @@ class DirtyLog(Protocol):
         """Move the bits of block ``idstr`` into ``dirty``; returns how many were not set there."""
 
     def clear(self, idstr: str, first_page: int, npages: int) -> None:
-        """These pages are about to be read: log writes to them again from now on.
-
-        Called before the first page of a chunk is sent after a sync (KVM's manual clear).
-        """
+        """These pages are about to be read and sent: log writes to them again from now on."""
 
     def stop(self) -> None:
         """End logging."""
@@ -42,6 +41,7 @@ class SharedDirtyLog:
     again.
     """
 
+    #: sync() clears
     chunk_pages = 0
 
     def __init__(self, npages: Mapping[str, int]) -> None:
@@ -71,7 +71,7 @@ class SharedDirtyLog:
         return dirty.drain(self._bitmaps[idstr])
 
     def clear(self, idstr: str, first_page: int, npages: int) -> None:
-        """Nothing: sync() has cleared them."""
+        """Nothing to do: sync() clears."""
 
     def stop(self) -> None:
         """End logging."""
