@@ -1,0 +1,207 @@
+"""``mig demo``."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import click
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+from mig.cli.common import (
+    cancelled_by_signals,
+    capability_option,
+    info_as_dict,
+    json_option,
+    parameter_option,
+    parse_capabilities,
+    parse_parameters,
+    print_json,
+    reports_errors,
+    say,
+    sized,
+)
+from mig.demo.guests import LOGS, Options, best_log
+from mig.demo.job import Demo, DemoReport
+from mig.engine import OutgoingMigration
+from mig.stats import MigrationInfo
+
+_UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
+_PAGE = 4096
+
+
+class Size(click.ParamType):
+    """Bytes, with QEMU's suffixes K, M, G, T."""
+
+    name = "size"
+
+    def convert(
+        self, value: object, param: click.Parameter | None, ctx: click.Context | None
+    ) -> int:
+        match = re.fullmatch(r"(\d+(?:\.\d+)?)([kmgt]?)(?:i?b)?", str(value).strip().lower())
+        if match is None:
+            self.fail(f"{value!r} is no size: 512M, 1.5G, 65536", param, ctx)
+        return int(float(match[1]) * _UNITS[match[2]])
+
+
+@click.command()
+@click.option("--memory", type=Size(), default="512M", show_default=True, help="Of the guest.")
+@click.option(
+    "--dirty-rate",
+    type=Size(),
+    default="50M",
+    show_default=True,
+    help="Memory that the guest dirties per second; 0: as fast as it can.",
+)
+@click.option("--workers", default=1, show_default=True, help="Threads that write: its vCPUs.")
+@click.option(
+    "--pattern",
+    type=click.Choice(["full", "words", "sequential", "hot"]),
+    default="full",
+    show_default=True,
+    help="What is written: whole pages in random order, some words of them, whole pages in order, "
+    "or mostly a hot spot.",
+)
+@click.option(
+    "--working-set",
+    type=click.FloatRange(0, 1),
+    default=0.25,
+    show_default=True,
+    help="Share of the memory that is written.",
+)
+@click.option(
+    "--dirty-log",
+    type=click.Choice(LOGS),
+    help="Who notes writes: the kernel (tracked) or the guest itself (marked); default: the kernel "
+    "where it can.",
+)
+@capability_option
+@parameter_option
+@json_option
+@reports_errors
+def demo(
+    memory: int,
+    dirty_rate: int,
+    workers: int,
+    pattern: str,
+    working_set: float,
+    dirty_log: str | None,
+    capabilities: tuple[str, ...],
+    parameters: tuple[str, ...],
+    as_json: bool,
+) -> None:
+    """Move a running guest live to another process, and check that all of it arrived.
+
+    The guest is memory of this process that native threads write and check; it goes on running
+    until the switchover, and then in the other process. In the end every page of it is checked in
+    both.
+
+    Capability return-path is on, and parameter max-bandwidth 0 (no limit), unless given.
+    """
+    log, reason = best_log(dirty_log)
+    if reason is not None:
+        say(f"writes are {log}: {reason}")
+    options = Options(
+        nbytes=max(_PAGE, memory // _PAGE * _PAGE),
+        rate=dirty_rate,
+        workers=workers,
+        pattern=pattern,
+        working_set=working_set,
+        fill="random",
+        log=log,
+    )
+    display = _Display()
+    report = Demo(
+        options,
+        capabilities={"return-path": True, **parse_capabilities(capabilities)},
+        parameters={"max-bandwidth": 0, **parse_parameters(parameters)},
+        on_start=display.shown_for,
+        on_look=display.show,
+    ).run()
+    if as_json:
+        print_json(_as_dict(report))
+    else:
+        _print(report)
+
+
+class _Display:
+    """How the migration stands, on a terminal."""
+
+    def __init__(self) -> None:
+        self._live: Live | None = None
+
+    @contextmanager
+    def shown_for(self, migration: OutgoingMigration) -> Iterator[None]:
+        """Show it while it runs; signals cancel it."""
+        with cancelled_by_signals(migration):
+            if not sys.stderr.isatty():
+                yield
+                return
+            with Live(console=Console(stderr=True), transient=True) as self._live:
+                yield
+
+    def show(self, info: MigrationInfo) -> None:
+        """Draw it again."""
+        if self._live is not None:
+            self._live.update(_table(info))
+
+
+def _table(info: MigrationInfo) -> Table:
+    ram = info.ram
+    table = Table.grid(padding=(0, 2))
+    expected = info.expected_downtime
+    dirty = (ram.dirty_pages_rate or 0) * ram.page_size
+    rows = {
+        "status": str(info.status),
+        "iteration": str(ram.dirty_sync_count or 0),
+        "remaining": f"{sized(ram.remaining or 0)} of {sized(ram.total)}",
+        "dirty rate": f"{sized(dirty)}/s",
+        "throughput": f"{sized(ram.bandwidth or 0)}/s",
+        "expected downtime": "?" if expected is None else f"{expected * 1000:.0f} ms",
+        "throttle": f"{info.cpu_throttle_percentage or 0} %",
+    }
+    for name, value in rows.items():
+        table.add_row(name, value)
+    return table
+
+
+def _milliseconds(seconds: float | None) -> str:
+    return "not known" if seconds is None else f"{seconds * 1000:.1f} ms"
+
+
+def _print(report: DemoReport) -> None:
+    info, ram, there = report.info, report.info.ram, report.destination
+    rate = sized(report.options.rate) if report.options.rate else "as much as it can"
+    click.echo(
+        f"guest       {sized(ram.total)} of memory, dirties {rate}/s "
+        f"({report.options.pattern}, writes are {report.options.log})"
+    )
+    click.echo(
+        f"migration   {info.total_time or 0:.2f} s, {sized(ram.transferred)}, "
+        f"{sized(info.throughput or 0)}/s, {ram.dirty_sync_count} iterations"
+    )
+    click.echo(f"pages       {ram.normal} whole, {ram.duplicate} zero")
+    click.echo(
+        f"downtime    {_milliseconds(report.guest_downtime)} as the guest saw it, "
+        f"{_milliseconds(info.downtime)} by the engine's clock"
+    )
+    click.echo(
+        f"verified    {there['npages']} pages at either end, none is corrupt; "
+        f"{report.source['ticks']} ticks before, {there['ticks']} after"
+    )
+
+
+def _as_dict(report: DemoReport) -> dict[str, object]:
+    return {
+        "status": "completed",
+        "memory-nbytes": report.options.nbytes,
+        "dirty-log": report.options.log,
+        "guest-downtime": report.guest_downtime,
+        "migration": info_as_dict(report.info),
+        "source": report.source,
+        "destination": report.destination,
+    }

@@ -1,0 +1,1 @@
+"""`mig demo`: a running guest moves live between two processes of this machine."""

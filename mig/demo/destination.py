@@ -1,0 +1,41 @@
+"""The process that the guest of `mig demo` moves to; job.py starts it and talks to it.
+
+It prints a line of JSON when it listens, one when the guest runs here, and, for each line that it
+reads, one with what the guest says of itself. It ends with its standard input.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+from mig.demo.guests import Options, make_guest, report_as_dict
+from mig.engine import IncomingMigration
+from mig.errors import MigError
+
+
+def _say(**what: Any) -> None:
+    print(json.dumps(what), flush=True)
+
+
+def main(uri: str, options: Options) -> None:
+    """Receive the guest at ``uri`` and let it run."""
+    with make_guest(options) as guest:
+        incoming = IncomingMigration(guest)
+        incoming.listen(uri)
+        _say(uri=incoming.uri)
+        try:
+            incoming.wait()
+        except MigError as error:
+            _say(error=str(error))
+            return
+        guest.resume()
+        _say(status=str(incoming.status))
+        for _ in sys.stdin:
+            _say(**report_as_dict(guest.verify()))
+            guest.resume()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Options.from_json(sys.argv[2]))

@@ -1,0 +1,150 @@
+"""What `mig demo` does, without the command line."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mig.demo.guests import Options, make_guest, report_as_dict
+from mig.engine import OutgoingMigration
+from mig.errors import MigError
+from mig.guest import ProcessGuest
+from mig.stats import MigrationInfo
+
+#: seconds that the guest runs before it moves, and after
+SETTLE = 0.5
+#: seconds between two looks at the migration
+LOOK = 0.1
+
+
+class DemoError(MigError):
+    """The guest did not arrive as it left."""
+
+
+class _Destination:
+    """The process at the other end."""
+
+    def __init__(self, uri: str, options: Options) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "mig.demo.destination", uri, options.to_json()],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        self.uri = str(self.hear("uri"))
+
+    def hear(self, name: str | None = None) -> Any:
+        """Return what it says next, or one field of it; MigError when that is an error."""
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        said = json.loads(line) if line else {"error": "the destination's process ended"}
+        if "error" in said:
+            raise MigError(said["error"])
+        return said if name is None else said[name]
+
+    def verify(self) -> dict[str, Any]:
+        """Have the guest check itself there; return its report."""
+        assert self._process.stdin is not None
+        self._process.stdin.write("verify\n")
+        self._process.stdin.flush()
+        report: dict[str, Any] = self.hear()
+        return report
+
+    def close(self) -> None:
+        """End it."""
+        with contextlib.suppress(BrokenPipeError):
+            self._process.communicate(timeout=10)
+
+
+@dataclass(frozen=True, slots=True)
+class DemoReport:
+    """How it went.
+
+    info:        the migration, as the source saw it
+    source:      the guest's report of itself where it was stopped
+    destination: and where it ran on, some time later
+    """
+
+    options: Options
+    info: MigrationInfo
+    source: dict[str, Any]
+    destination: dict[str, Any]
+
+    @property
+    def guest_downtime(self) -> float | None:
+        """Seconds between the guest's last tick here and its first one there."""
+        gap: float | None = self.destination["switchover_gap"]
+        return gap
+
+
+class Demo:
+    """Moves a running guest from this process to another one.
+
+    capabilities, parameters: of the outgoing migration
+    on_look: told how it stands ten times a second
+    """
+
+    def __init__(
+        self,
+        options: Options,
+        *,
+        capabilities: Mapping[str, bool],
+        parameters: Mapping[str, object],
+        on_start: Callable[[OutgoingMigration], contextlib.AbstractContextManager[object]],
+        on_look: Callable[[MigrationInfo], None],
+    ) -> None:
+        self._options = options
+        self._capabilities = capabilities
+        self._parameters = parameters
+        self._on_start = on_start
+        self._on_look = on_look
+
+    def run(self) -> DemoReport:
+        """Do it; DemoError when anything of the guest is wrong in the end."""
+        with make_guest(self._options) as guest, self._destination() as destination:
+            guest.start()
+            time.sleep(SETTLE)
+            info = self._migrate(guest, destination.uri)
+            destination.hear("status")
+            source = report_as_dict(guest.verify())
+            time.sleep(SETTLE)
+            report = DemoReport(self._options, info, source, destination.verify())
+        _check(report)
+        return report
+
+    @contextlib.contextmanager
+    def _destination(self) -> Iterator[_Destination]:
+        with tempfile.TemporaryDirectory(prefix="mig-demo-") as folder:
+            destination = _Destination(f"unix:{Path(folder, 'socket')}", self._options)
+            try:
+                yield destination
+            finally:
+                destination.close()
+
+    def _migrate(self, guest: ProcessGuest, uri: str) -> MigrationInfo:
+        outgoing = OutgoingMigration(
+            guest, capabilities=self._capabilities, parameters=self._parameters
+        )
+        with self._on_start(outgoing):
+            outgoing.start(uri)
+            while not outgoing.wait(LOOK):
+                self._on_look(outgoing.query())
+        return outgoing.query()
+
+
+def _check(report: DemoReport) -> None:
+    for where, said in (("source", report.source), ("destination", report.destination)):
+        if not said["ok"]:
+            pages = [*said["corrupt"], *said["first_refused"]]
+            what = "; ".join(pages) or "its ledger is not the one that its workers keep"
+            raise DemoError(f"the guest is corrupt at the {where}: {what}")
+    if report.destination["ticks"] <= report.source["ticks"]:
+        raise DemoError("the guest does not tick at the destination")
