@@ -9,13 +9,15 @@ from collections.abc import Callable
 class Convergence:
     """Decides by what is left and by the bandwidth that was reached.
 
-    downtime_limit: milliseconds
+    downtime_limit: returns milliseconds, asked at each decision
 
     Matches QEMU: stop when the remaining dirty memory can be sent within the downtime limit.
     """
 
-    def __init__(self, downtime_limit: int, clock: Callable[[], float] = time.monotonic) -> None:
-        self._limit = downtime_limit / 1000
+    def __init__(
+        self, downtime_limit: Callable[[], int], clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._limit = downtime_limit
         self._clock = clock
         self._began = clock()
         self._bandwidth = 0.0
@@ -32,39 +34,55 @@ class Convergence:
 
     def may_stop(self, remaining: int) -> bool:
         """Whether ``remaining`` bytes can be sent while the guest stands still."""
-        return remaining <= self._bandwidth * self._limit
+        return remaining <= self._bandwidth * self._limit() / 1000
 
 
 class RateLimit:
     """Spreads bytes over time: at most ``bandwidth`` bytes a second, in slices of 100 ms.
 
-    bandwidth: bytes per second, 0 for no limit
-    sleep:     waits so many seconds, or raises when the migration is cancelled
+    bandwidth: returns bytes per second, 0 for no limit; a change takes effect at once
+    sleep:     waits so many seconds, less when the bandwidth changes, or raises when the migration
+               is cancelled
     """
 
     SLICE = 0.1
+    #: what is left of a sleep that is not worth another one (seconds)
+    _NOTHING = 1e-6
 
     def __init__(
         self,
-        bandwidth: int,
+        bandwidth: Callable[[], int],
         sleep: Callable[[float], None],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._budget = bandwidth * self.SLICE
+        self._bandwidth = bandwidth
         self._sleep = sleep
         self._clock = clock
-        self._slice_end = clock() + self.SLICE
-        self._used = 0
+        self._limit = bandwidth()
+        self._start_slice(clock())
 
     def spend(self, nbytes: int) -> None:
         """Account for bytes sent, and wait when the slices they take are not over yet."""
-        if not self._budget:
-            return
         now = self._clock()
-        if now >= self._slice_end:
-            self._slice_end, self._used = now + self.SLICE, 0
+        if self._changed() or now >= self._slice_end:
+            self._start_slice(now)
         self._used += nbytes
-        if self._used >= self._budget:
-            over = self._slice_end + (self._used / self._budget - 1) * self.SLICE
-            self._sleep(over - now)
-            self._slice_end, self._used = over + self.SLICE, 0
+        budget = self._limit * self.SLICE
+        if budget and self._used >= budget:
+            self._wait(self._slice_end + (self._used / budget - 1) * self.SLICE)
+
+    def _start_slice(self, now: float) -> None:
+        self._slice_end, self._used = now + self.SLICE, 0
+
+    def _changed(self) -> bool:
+        """Whether there is another limit; what went under the old one is settled then."""
+        old, self._limit = self._limit, self._bandwidth()
+        return self._limit != old
+
+    def _wait(self, until: float) -> None:
+        while (left := until - self._clock()) > self._NOTHING:
+            self._sleep(left)
+            if self._changed():
+                self._start_slice(self._clock())
+                return
+        self._start_slice(until)

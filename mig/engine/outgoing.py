@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import select
 from collections.abc import Callable, Iterable, Mapping
 from typing import ClassVar
 
@@ -13,7 +15,7 @@ from mig.engine.returnpath import ReturnPath
 from mig.errors import ChannelError, IdleTimeoutError, MigError, OptionError
 from mig.events import Event, PassStarted
 from mig.guest import SourceGuest
-from mig.options import OUTGOING_CAPABILITIES, Capability, Parameters, capability_set
+from mig.options import OUTGOING_CAPABILITIES, Capability, Options
 from mig.ram.save import RamSaver
 from mig.ram.search import PageSearch
 from mig.records import Command, FileHeader
@@ -46,8 +48,7 @@ class OutgoingMigration(Migration):
         parameters: Mapping[str, object] | None = None,
         on_event: Callable[[Event], None] | None = None,
     ) -> None:
-        super().__init__(Parameters.from_qmp(parameters or {}), on_event)
-        self.capabilities = capability_set(capabilities, OUTGOING_CAPABILITIES)
+        super().__init__(Options.choose(capabilities, parameters, OUTGOING_CAPABILITIES), on_event)
         self._guest = guest
         self._uri = ""
         self._channel: Channel | None = None
@@ -114,8 +115,8 @@ class OutgoingMigration(Migration):
 
     def _iterate(self, writer: StreamWriter, search: PageSearch, saver: RamSaver) -> None:
         """Passes over dirty memory while the guest runs."""
-        convergence = Convergence(self.parameters.downtime_limit)
-        limit = RateLimit(self.parameters.max_bandwidth, self._sleep)
+        convergence = Convergence(lambda: self.parameters.downtime_limit)
+        limit = RateLimit(lambda: self.parameters.max_bandwidth, self._sleep)
         self._passes = 1
         self._emit(PassStarted(1))
         while True:
@@ -212,11 +213,11 @@ class OutgoingMigration(Migration):
                 self._channel.cancel()
 
     def _sleep(self, seconds: float) -> None:
+        """Wait, but no longer than until parameters change."""
         if seconds > 0:
-            try:
-                self._cancel.wait({}, seconds)
-            except IdleTimeoutError:
-                return
+            with contextlib.suppress(IdleTimeoutError):
+                self._cancel.wait({self._wake.fd: select.POLLIN}, seconds)
+                self._wake.clear()
 
     def _ram_stats(self) -> RamStats:
         search, writer, counters = self._search, self._writer, self._counters
