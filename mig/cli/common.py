@@ -8,6 +8,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from types import FrameType
 from typing import Any, ParamSpec, TypeVar
 
@@ -25,7 +26,6 @@ from rich.progress import (
 from mig.engine.migration import Migration
 from mig.errors import MigError, OptionError
 from mig.options import Capability
-from mig.state import FINAL
 from mig.stats import MigrationInfo
 
 P = ParamSpec("P")
@@ -48,8 +48,8 @@ parameter_option = click.option(
     "parameters",
     multiple=True,
     metavar="NAME=VALUE",
-    help="Set a parameter; QMP's names (max-bandwidth in bytes/s, 0: no limit) and idle-timeout "
-    "in seconds, 0: wait for ever. May repeat.",
+    help="Set a parameter; QMP's names (max-bandwidth in bytes/s or with suffix k, M, G, 0: no "
+    "limit) and idle-timeout in seconds, 0: wait for ever. May repeat.",
 )
 
 
@@ -158,30 +158,8 @@ def _show_progress(migration: Migration) -> None:
 
 
 def info_as_dict(info: MigrationInfo) -> dict[str, Any]:
-    """Return what query-migrate would say, in its units: times in ms, mbps in Mbit/s."""
-
-    def ms(seconds: float | None) -> int | None:
-        return None if seconds is None else round(seconds * 1000)
-
-    ram = info.ram
-    bandwidth = info.throughput if info.status in FINAL else None
-    return {
-        "status": str(info.status),
-        "total-time": ms(info.total_time),
-        "setup-time": ms(info.setup_time),
-        "downtime": ms(info.downtime),
-        "ram": {
-            "transferred": ram.transferred,
-            "remaining": ram.remaining,
-            "total": ram.total,
-            "duplicate": ram.duplicate,
-            "normal": ram.normal,
-            "normal-bytes": ram.normal * ram.page_size,
-            "page-size": ram.page_size,
-            "dirty-sync-count": ram.dirty_sync_count,
-            "mbps": None if bandwidth is None else round(bandwidth * 8 / 1e6, 1),
-        },
-    }
+    """Return what query-migrate says of a source; for a destination, too, which has counted."""
+    return replace(info, incoming=False).to_qmp()
 
 
 def sized(nbytes: float) -> str:

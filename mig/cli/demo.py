@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,31 +27,33 @@ from mig.cli.common import (
 from mig.demo.guests import LOGS, Options, best_log
 from mig.demo.job import Demo, DemoReport
 from mig.engine import OutgoingMigration
+from mig.options import kinds
 from mig.stats import MigrationInfo
+from mig.wire import DEFAULT_PAGE_BITS
 
-_UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
-_PAGE = 4096
+_PAGE = 1 << DEFAULT_PAGE_BITS
+_SIZES = kinds.Size(0, 1 << 62)
 
 
-class Size(click.ParamType):
-    """Bytes, with QEMU's suffixes K, M, G, T."""
+class _Size(click.ParamType):  # type: ignore[type-arg]  # click is generic since 8.3 only
+    """Bytes, with QEMU's suffixes."""
 
     name = "size"
 
     def convert(
         self, value: object, param: click.Parameter | None, ctx: click.Context | None
     ) -> int:
-        match = re.fullmatch(r"(\d+(?:\.\d+)?)([kmgt]?)(?:i?b)?", str(value).strip().lower())
-        if match is None:
-            self.fail(f"{value!r} is no size: 512M, 1.5G, 65536", param, ctx)
-        return int(float(match[1]) * _UNITS[match[2]])
+        try:
+            return _SIZES.read("size", value)
+        except ValueError:
+            self.fail(f"{value!r} is no size, as 65536, 512M and 1.5G are", param, ctx)
 
 
 @click.command()
-@click.option("--memory", type=Size(), default="512M", show_default=True, help="Of the guest.")
+@click.option("--memory", type=_Size(), default="512M", show_default=True, help="Of the guest.")
 @click.option(
     "--dirty-rate",
-    type=Size(),
+    type=_Size(),
     default="50M",
     show_default=True,
     help="Memory that the guest dirties per second; 0: as fast as it can.",

@@ -126,7 +126,7 @@ class WriteTracker:
         return self._reason
 
     def start(self) -> None:
-        """Begin to track the blocks that memory has now, with nothing dirty; they stay until stop().
+        """Begin to track the blocks that memory has now, until stop(); nothing is dirty yet.
 
         ValueError and DirtyLogError: see the class. Nothing is tracked then.
         """
@@ -135,9 +135,7 @@ class WriteTracker:
         mappings = list(_mappings())
         pairs = [(block.pages, _is_anonymous(block, mappings)) for block in blocks]
         try:
-            self._log = _core.WriteLog(
-                self._method, pairs, user_mode_only=self._user_mode_only
-            )
+            self._log = _core.WriteLog(self._method, pairs, user_mode_only=self._user_mode_only)
         except OSError as error:
             raise DirtyLogError(f"tracking does not start: {error}") from error
         self._numbers = {block.idstr: number for number, block in enumerate(blocks)}

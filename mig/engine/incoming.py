@@ -7,16 +7,17 @@ import threading
 from collections.abc import Callable, Iterable, Mapping
 from typing import ClassVar
 
-from mig.channel import Channel, Listener
+from mig.channel import Channel, Listener, parse_uri
+from mig.channel.uri import TcpUri, UnixUri
 from mig.engine.migration import Migration
 from mig.errors import CancelledError, ChannelError, MigError, UnsupportedError
 from mig.events import Event, Listening
 from mig.guest import DestinationGuest
-from mig.options import INCOMING_CAPABILITIES, Capability, Parameters, capability_set
+from mig.options import INCOMING_CAPABILITIES, Capability, Options
 from mig.records import Command, ReturnMessage
 from mig.savevm.load import StreamLoader
 from mig.state import INCOMING, Input, Status, Table
-from mig.stats import RamStats
+from mig.stats import InetAddress, RamStats, UnixAddress
 from mig.stream.reader import StreamReader
 from mig.stream.writer import StreamWriter
 from mig.wire import DEFAULT_PAGE_BITS, MULTIFD_MAGIC, CommandType, ReturnType
@@ -41,6 +42,7 @@ class IncomingMigration(Migration):
 
     table: ClassVar[Table] = INCOMING
     thread_name = "mig-incoming"
+    incoming = True
 
     def __init__(
         self,
@@ -51,8 +53,7 @@ class IncomingMigration(Migration):
         page_size: int = 1 << DEFAULT_PAGE_BITS,
         on_event: Callable[[Event], None] | None = None,
     ) -> None:
-        super().__init__(Parameters.from_qmp(parameters or {}), on_event)
-        self.capabilities = capability_set(capabilities, INCOMING_CAPABILITIES)
+        super().__init__(Options.choose(capabilities, parameters, INCOMING_CAPABILITIES), on_event)
         self._guest = guest
         self._page_size = page_size
         self._listener: Listener | None = None
@@ -216,6 +217,12 @@ class IncomingMigration(Migration):
             self._cancel.set()
             if self._channel is not None:
                 self._channel.cancel()
+
+    def _socket_addresses(self) -> tuple[InetAddress | UnixAddress, ...]:
+        uri = None if self.uri is None else parse_uri(self.uri)
+        if isinstance(uri, TcpUri):
+            return (InetAddress(uri.host, uri.port),)
+        return (UnixAddress(uri.path),) if isinstance(uri, UnixUri) else ()
 
     def _ram_stats(self) -> RamStats:
         counters = self._counters

@@ -5,15 +5,16 @@ from __future__ import annotations
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import ClassVar
 
 from mig.channel.open import Cancel
+from mig.engine.wake import Wake
 from mig.errors import CancelledError, MigError, StateError
 from mig.events import Event, StatusChanged
-from mig.options import Parameters
+from mig.options import Options
 from mig.state import FINAL, Input, Machine, Status, Table
-from mig.stats import MigrationInfo, RamCounters, RamStats
+from mig.stats import InetAddress, MigrationInfo, RamCounters, RamStats, UnixAddress
 
 
 def _as_mig_error(error: BaseException) -> MigError:
@@ -35,9 +36,12 @@ class Migration(ABC):
 
     table: ClassVar[Table]
     thread_name: ClassVar[str]
+    incoming: ClassVar[bool] = False
 
-    def __init__(self, parameters: Parameters, on_event: Callable[[Event], None] | None) -> None:
-        self.parameters = parameters
+    def __init__(self, options: Options, on_event: Callable[[Event], None] | None) -> None:
+        self.capabilities = options.capabilities
+        #: replaced as a whole by set_parameters(): read it at each use
+        self.parameters = options.parameters
         self._on_event = on_event
         self._machine = Machine(self.table)
         # a signal handler may call cancel() while the same thread is in it
@@ -45,6 +49,7 @@ class Migration(ABC):
         self._done = threading.Event()
         # made by _launch(): a migration that never starts holds nothing
         self._cancel: Cancel
+        self._wake: Wake
         self._thread: threading.Thread | None = None
         self._error: MigError | None = None
         self._counters = RamCounters()
@@ -81,6 +86,19 @@ class Migration(ABC):
             if first:
                 self._emit(StatusChanged(status))
 
+    def set_parameters(self, values: Mapping[str, object]) -> None:
+        """Change parameters, by QMP names; those that can change in flight at any time.
+
+        OptionError lists everything that is wrong, and then nothing changes. After the end it is
+        without effect.
+        """
+        with self._lock:
+            running = self.status != Status.NONE
+            options = Options(self.capabilities, self.parameters).changed(values, running=running)
+            self.parameters = options.parameters
+            if running:
+                self._wake.set()
+
     def query(self) -> MigrationInfo:
         """Return a snapshot of status and statistics."""
         clock = dict(self._clock)
@@ -94,6 +112,10 @@ class Migration(ABC):
             downtime=None if end is None or stopped is None else end - stopped,
             ram=self._ram_stats(),
             error=str(self._error) if self.status == Status.FAILED else None,
+            incoming=self.incoming,
+            # until something better is known QEMU expects what it was told
+            expected_downtime=self.parameters.downtime_limit / 1000,
+            socket_address=self._socket_addresses(),
         )
 
     # ---- for the subclasses -----------------------------------------------------------------
@@ -102,6 +124,7 @@ class Migration(ABC):
         with self._lock:
             self._machine.feed(Input.START)
             self._cancel = Cancel()
+            self._wake = Wake()
         self._mark("start")
         self._thread = threading.Thread(target=self._main, name=self.thread_name, daemon=True)
         self._thread.start()
@@ -127,6 +150,7 @@ class Migration(ABC):
         with self._lock:
             status = self._machine.feed(outcome)
             self._cancel.close()
+            self._wake.close()
             try:
                 self._emit(StatusChanged(status))
             finally:
@@ -168,6 +192,10 @@ class Migration(ABC):
     @abstractmethod
     def _interrupt(self) -> None:
         """End every wait of the migration's threads."""
+
+    def _socket_addresses(self) -> tuple[InetAddress | UnixAddress, ...]:
+        """Return what is listened on."""
+        return ()
 
     @abstractmethod
     def _ram_stats(self) -> RamStats:

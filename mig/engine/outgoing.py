@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import select
 import threading
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from typing import ClassVar
 
 from mig.channel import Channel, carries_return_path, connect, parse_uri
@@ -16,12 +19,12 @@ from mig.engine.returnpath import ReturnPath
 from mig.errors import ChannelError, IdleTimeoutError, MigError, OptionError
 from mig.events import Event, PassStarted
 from mig.guest import SourceGuest
-from mig.options import OUTGOING_CAPABILITIES, Capability, Parameters, capability_set
+from mig.options import OUTGOING_CAPABILITIES, Capability, Options
 from mig.ram.save import RamSaver
 from mig.ram.search import PageSearch, SourceBlock
 from mig.records import Command, FileHeader
 from mig.state import OUTGOING, Input, Status, Table
-from mig.stats import RamStats
+from mig.stats import MigrationInfo, RamStats
 from mig.stream.writer import StreamWriter
 from mig.wire import PING_SETUP, CommandType
 
@@ -51,8 +54,7 @@ class OutgoingMigration(Migration):
         policy: ConvergencePolicy | None = None,
         on_event: Callable[[Event], None] | None = None,
     ) -> None:
-        super().__init__(Parameters.from_qmp(parameters or {}), on_event)
-        self.capabilities = capability_set(capabilities, OUTGOING_CAPABILITIES)
+        super().__init__(Options.choose(capabilities, parameters, OUTGOING_CAPABILITIES), on_event)
         self._guest = guest
         self._policy = policy or Convergence(
             lambda: self.parameters, auto_converge=Capability.AUTO_CONVERGE in self.capabilities
@@ -67,6 +69,7 @@ class OutgoingMigration(Migration):
         self._precopy: Precopy | None = None
         self._go_on = threading.Event()
         self._stopped = False
+        self._running_bytes: int | None = None
 
     def start(self, uri: str) -> None:
         """Begin to migrate to ``uri``; returns at once.
@@ -84,6 +87,18 @@ class OutgoingMigration(Migration):
         """Go on from status pre-switchover (QMP command migrate-continue); StateError elsewhere."""
         self._require_status(Status.PRE_SWITCHOVER, Input.SWITCHOVER)
         self._go_on.set()
+
+    def query(self) -> MigrationInfo:
+        """Return a snapshot of status and statistics."""
+        info, precopy = super().query(), self._precopy
+        if precopy is None:
+            return info
+        expected = precopy.expected_downtime
+        return replace(
+            info,
+            expected_downtime=info.expected_downtime if expected is None else expected,
+            cpu_throttle_percentage=precopy.throttle or None,
+        )
 
     def hint_free(self, idstr: str, first_page: int, npages: int) -> None:
         """Say that nobody needs what these pages of a block hold; no effect before the first pass.
@@ -162,6 +177,7 @@ class OutgoingMigration(Migration):
     def _stop_guest(self) -> None:
         self._mark("stopped")
         self._stopped = True
+        self._running_bytes = self._writer.offset if self._writer else 0
         self._guest.stop()
         if Capability.PAUSE_BEFORE_SWITCHOVER in self.capabilities:
             self._move(Input.PAUSE)
@@ -238,21 +254,33 @@ class OutgoingMigration(Migration):
                 self._channel.cancel()
 
     def _sleep(self, seconds: float) -> None:
+        """Wait, but no longer than until parameters change."""
         if seconds > 0:
-            try:
-                self._cancel.wait({}, seconds)
-            except IdleTimeoutError:
-                return
+            with contextlib.suppress(IdleTimeoutError):
+                self._cancel.wait({self._wake.fd: select.POLLIN}, seconds)
+                self._wake.clear()
 
     def _ram_stats(self) -> RamStats:
-        search, writer, counters = self._search, self._writer, self._counters
+        search, counters, precopy = self._search, self._counters, self._precopy
         page_size = search.blocks[0].pages.page_size if search and search.blocks else 0
-        return RamStats(
-            transferred=writer.offset if writer else 0,
+        transferred = self._writer.offset if self._writer else 0
+        running = transferred if self._running_bytes is None else self._running_bytes
+        stats = RamStats(
+            transferred=transferred,
             remaining=search.remaining if search else 0,
             total=counters.total,
             duplicate=counters.fill,
             normal=counters.normal,
             page_size=page_size,
-            dirty_sync_count=self._precopy.passes if self._precopy else 0,
+            dirty_sync_count=precopy.passes if precopy else 0,
+            precopy_bytes=running,
+            downtime_bytes=transferred - running,
+        )
+        if precopy is None:
+            return stats
+        return replace(
+            stats,
+            dirty_pages_rate=round(precopy.dirty_pages_per_second),
+            bandwidth=precopy.bandwidth,
+            pages_per_second=round(precopy.pages_per_second),
         )

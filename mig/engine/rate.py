@@ -7,13 +7,16 @@ from collections.abc import Callable
 
 
 class RateLimit:
-    """Spreads bytes over time: so many a second, in slices of 100 ms.
+    """Spreads bytes over time: at most ``bandwidth`` bytes a second, in slices of 100 ms.
 
-    bandwidth: bytes per second, 0 for no limit; asked at each use, so that it can change meanwhile
-    sleep:     waits so many seconds, or raises when the migration is cancelled
+    bandwidth: returns bytes per second, 0 for no limit; a change takes effect at once
+    sleep:     waits so many seconds, less when the bandwidth changes, or raises when the migration
+               is cancelled
     """
 
     SLICE = 0.1
+    #: what is left of a sleep that is not worth another one (seconds)
+    _NOTHING = 1e-6
 
     def __init__(
         self,
@@ -24,8 +27,8 @@ class RateLimit:
         self._bandwidth = bandwidth
         self._sleep = sleep
         self._clock = clock
-        self._slice_end = clock() + self.SLICE
-        self._used = 0
+        self._limit = bandwidth()
+        self._start_slice(clock())
 
     def room(self) -> int | None:
         """Bytes that may be sent before the next wait, at least 1; None: any number."""
@@ -37,14 +40,26 @@ class RateLimit:
 
     def spend(self, nbytes: int) -> None:
         """Account for bytes sent, and wait when the slices they take are not over yet."""
-        budget = self._bandwidth() * self.SLICE
-        if not budget:
-            return
         now = self._clock()
-        if now >= self._slice_end:
-            self._slice_end, self._used = now + self.SLICE, 0
+        if self._changed() or now >= self._slice_end:
+            self._start_slice(now)
         self._used += nbytes
-        if self._used >= budget:
-            over = self._slice_end + (self._used / budget - 1) * self.SLICE
-            self._sleep(over - now)
-            self._slice_end, self._used = over + self.SLICE, 0
+        budget = self._limit * self.SLICE
+        if budget and self._used >= budget:
+            self._wait(self._slice_end + (self._used / budget - 1) * self.SLICE)
+
+    def _start_slice(self, now: float) -> None:
+        self._slice_end, self._used = now + self.SLICE, 0
+
+    def _changed(self) -> bool:
+        """Whether there is another limit; what went under the old one is settled then."""
+        old, self._limit = self._limit, self._bandwidth()
+        return self._limit != old
+
+    def _wait(self, until: float) -> None:
+        while (left := until - self._clock()) > self._NOTHING:
+            self._sleep(left)
+            if self._changed():
+                self._start_slice(self._clock())
+                return
+        self._start_slice(until)

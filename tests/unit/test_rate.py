@@ -50,6 +50,16 @@ def test_below_the_budget_of_a_slice_nobody_sleeps(clock):
     assert limit.room() == 100
 
 
+def test_there_is_room_for_what_the_limit_has_become(clock):
+    bandwidths = [1000]
+    limit = RateLimit(lambda: bandwidths[0], clock.sleep, clock)
+    limit.spend(60)
+    bandwidths[0] = 10_000
+    assert limit.room() == 940
+    bandwidths[0] = 0
+    assert limit.room() is None
+
+
 def test_there_is_always_room_for_something(clock):
     limit = clock.limit(1000)
     limit.spend(99)
@@ -77,15 +87,36 @@ def test_time_that_was_not_used_is_not_saved_up(clock):
     assert clock.slept == [pytest.approx(0.1)]
 
 
-def test_the_limit_can_change_meanwhile(clock):
-    bandwidth = [1000]
-    limit = RateLimit(lambda: bandwidth[0], clock.sleep, clock)
-    limit.spend(50)
-    bandwidth[0] = 10_000
-    assert limit.room() == 950
-    bandwidth[0] = 0
+def test_a_bandwidth_that_rises_ends_the_sleep(clock):
+    bandwidths = [10]
+
+    def woken(seconds: float) -> None:
+        clock.sleep(min(seconds, 0.5))
+        bandwidths[0] = 1000
+
+    limit = RateLimit(lambda: bandwidths[0], woken, clock)
+    limit.spend(1000)
+    assert clock.slept == [0.5]
+    # what went under the old limit is settled: there is a whole slice to use
+    limit.spend(99)
+    assert clock.slept == [0.5]
+
+
+def test_what_went_without_limit_is_not_paid_for_later(clock):
+    bandwidths = [0]
+    limit = RateLimit(lambda: bandwidths[0], clock.sleep, clock)
     limit.spend(10**9)
-    assert clock.slept == []
+    bandwidths[0] = 1000
+    limit.spend(100)
+    assert clock.slept == [pytest.approx(0.1)]
+
+
+def test_a_sleep_that_ends_early_for_no_reason_goes_on(clock):
+    def nap(seconds: float) -> None:
+        clock.sleep(min(seconds, 0.04))
+
+    RateLimit(lambda: 1000, nap, clock).spend(100)
+    assert sum(clock.slept) == pytest.approx(0.1)
 
 
 def test_a_sleep_that_is_cancelled_raises(clock):

@@ -10,8 +10,8 @@ import pytest
 import mig
 
 ROOT = Path(mig.__file__).parent
-PURE = ["wire", "records", "pages", "options", "state", "events", "stats", "errors"]
-PURE_PACKAGES = ["ram", "savevm", "stream"]
+PURE = ["wire", "records", "pages", "state", "events", "stats", "errors"]
+PURE_PACKAGES = ["options", "ram", "savevm", "stream"]
 BANNED = {"socket", "os", "select", "threading", "time", "asyncio"}
 
 MODULES = sorted(

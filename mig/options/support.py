@@ -1,0 +1,33 @@
+"""What of QEMU's options mig's engine does. A feature that arrives is entered here, only here."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from mig.options.capability import Capability
+
+OUTGOING_CAPABILITIES: Final = frozenset(
+    {
+        Capability.AUTO_CONVERGE,
+        Capability.PAUSE_BEFORE_SWITCHOVER,
+        Capability.RETURN_PATH,
+        Capability.SWITCHOVER_ACK,
+    }
+)
+INCOMING_CAPABILITIES: Final = frozenset({Capability.RETURN_PATH, Capability.SWITCHOVER_ACK})
+
+#: QMP names of the parameters that may differ from their defaults
+SUPPORTED_PARAMETERS: Final = frozenset(
+    {
+        "avail-switchover-bandwidth",
+        "cpu-throttle-increment",
+        "cpu-throttle-initial",
+        "cpu-throttle-tailslow",
+        "direct-io",
+        "downtime-limit",
+        "idle-timeout",
+        "max-bandwidth",
+        "max-cpu-throttle",
+        "throttle-trigger-threshold",
+    }
+)
