@@ -39,6 +39,7 @@ class OutgoingMigration(Migration):
 
     table: ClassVar[Table] = OUTGOING
     thread_name = "mig-outgoing"
+    supported = OUTGOING_CAPABILITIES
 
     def __init__(
         self,
@@ -48,7 +49,7 @@ class OutgoingMigration(Migration):
         parameters: Mapping[str, object] | None = None,
         on_event: Callable[[Event], None] | None = None,
     ) -> None:
-        super().__init__(Options.choose(capabilities, parameters, OUTGOING_CAPABILITIES), on_event)
+        super().__init__(Options.choose(capabilities, parameters, self.supported), on_event)
         self._guest = guest
         self._uri = ""
         self._channel: Channel | None = None
