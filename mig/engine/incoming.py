@@ -42,6 +42,7 @@ class IncomingMigration(Migration):
 
     table: ClassVar[Table] = INCOMING
     thread_name = "mig-incoming"
+    supported = INCOMING_CAPABILITIES
     incoming = True
 
     def __init__(
@@ -53,7 +54,7 @@ class IncomingMigration(Migration):
         page_size: int = 1 << DEFAULT_PAGE_BITS,
         on_event: Callable[[Event], None] | None = None,
     ) -> None:
-        super().__init__(Options.choose(capabilities, parameters, INCOMING_CAPABILITIES), on_event)
+        super().__init__(Options.choose(capabilities, parameters, self.supported), on_event)
         self._guest = guest
         self._page_size = page_size
         self._listener: Listener | None = None

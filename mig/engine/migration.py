@@ -6,13 +6,13 @@ import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from mig.channel.open import Cancel
 from mig.engine.wake import Wake
 from mig.errors import CancelledError, MigError, StateError
 from mig.events import Event, StatusChanged
-from mig.options import Options
+from mig.options import Capability, Options, capabilities_to_qmp, unsupported
 from mig.state import FINAL, Input, Machine, Status, Table
 from mig.stats import InetAddress, MigrationInfo, RamCounters, RamStats, UnixAddress
 
@@ -37,6 +37,8 @@ class Migration(ABC):
     table: ClassVar[Table]
     thread_name: ClassVar[str]
     incoming: ClassVar[bool] = False
+    #: the capabilities that this side does
+    supported: ClassVar[frozenset[Capability]]
 
     def __init__(self, options: Options, on_event: Callable[[Event], None] | None) -> None:
         self.capabilities = options.capabilities
@@ -117,6 +119,18 @@ class Migration(ABC):
             expected_downtime=self.parameters.downtime_limit / 1000,
             socket_address=self._socket_addresses(),
         )
+
+    def query_capabilities(self) -> list[dict[str, Any]]:
+        """Return what query-migrate-capabilities answers: every name of QEMU 10.0, on or off."""
+        return capabilities_to_qmp(self.capabilities)
+
+    def query_parameters(self) -> dict[str, Any]:
+        """Return what query-migrate-parameters answers: values by every name of QEMU 10.0."""
+        return self.parameters.to_qmp()
+
+    def query_unsupported(self) -> list[str]:
+        """Return the capabilities and parameters of QEMU 10.0 that mig does not do on this side."""
+        return unsupported(self.supported)
 
     # ---- for the subclasses -----------------------------------------------------------------
 

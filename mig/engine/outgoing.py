@@ -44,6 +44,7 @@ class OutgoingMigration(Migration):
 
     table: ClassVar[Table] = OUTGOING
     thread_name = "mig-outgoing"
+    supported = OUTGOING_CAPABILITIES
 
     def __init__(
         self,
@@ -54,7 +55,7 @@ class OutgoingMigration(Migration):
         policy: ConvergencePolicy | None = None,
         on_event: Callable[[Event], None] | None = None,
     ) -> None:
-        super().__init__(Options.choose(capabilities, parameters, OUTGOING_CAPABILITIES), on_event)
+        super().__init__(Options.choose(capabilities, parameters, self.supported), on_event)
         self._guest = guest
         self._policy = policy or Convergence(
             lambda: self.parameters, auto_converge=Capability.AUTO_CONVERGE in self.capabilities

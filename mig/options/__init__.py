@@ -5,7 +5,7 @@
 
 from mig.options.bitmaps import BitmapAlias, NodeAlias
 from mig.options.capability import CAPABILITIES, REMOVED_CAPABILITIES, Capability
-from mig.options.choose import Options, capabilities_to_qmp, capability_set
+from mig.options.choose import Options, capabilities_to_qmp, capability_set, unsupported
 from mig.options.parameters import (
     REMOVED_PARAMETERS,
     MigMode,
@@ -38,4 +38,5 @@ __all__ = [
     "ZeroPageDetection",
     "capabilities_to_qmp",
     "capability_set",
+    "unsupported",
 ]

@@ -74,6 +74,15 @@ def capabilities_to_qmp(chosen: frozenset[Capability]) -> list[dict[str, Any]]:
     ]
 
 
+def unsupported(supported: frozenset[Capability]) -> list[str]:
+    """Return the names of QEMU 10.0's options that mig does not do.
+
+    supported: the capabilities that this side of mig's engine does
+    """
+    names = [str(c) for c, info in CAPABILITIES.items() if not info.until and c not in supported]
+    return names + [s.name for s in Parameters.specs() if s.name not in SUPPORTED_PARAMETERS]
+
+
 def _read_capabilities(
     names: Iterable[str] | Mapping[str, bool],
 ) -> tuple[frozenset[Capability], list[str]]:

@@ -97,16 +97,17 @@ class Lab:
 
     def boot(self, version: str, spec: GuestSpec) -> Qemu:
         """Return a QEMU whose guest is up and ticking."""
-        qemu = self._start(version, spec)
+        qemu = self.start(version, spec)
         qemu.wait_ready()
         qemu.wait_ticks(3)
         return qemu
 
     def incoming(self, version: str, spec: GuestSpec, uri: str = "defer", **options: Any) -> Qemu:
         """Return a QEMU that waits for a migration."""
-        return self._start(version, spec, incoming=uri, **options)
+        return self.start(version, spec, incoming=uri, **options)
 
-    def _start(self, version: str, spec: GuestSpec, **options: Any) -> Qemu:
+    def start(self, version: str, spec: GuestSpec, **options: Any) -> Qemu:
+        """Return a QEMU that has just been started."""
         self.count += 1
         name = f"vm{self.count}"
         return self.stack.enter_context(

@@ -173,3 +173,30 @@ def test_both_sides_say_what_qemu_says_in_the_end(pair):
 def test_nothing_is_said_before_the_start():
     assert OutgoingMigration(guest(filled=True)).query().to_qmp() == {}
     assert IncomingMigration(guest(filled=False)).query().to_qmp() == {}
+
+
+def test_options_are_told_as_qemu_tells_them():
+    outgoing = OutgoingMigration(
+        guest(filled=True), capabilities=["return-path"], parameters={"max-bandwidth": "1k"}
+    )
+    on = [entry["capability"] for entry in outgoing.query_capabilities() if entry["state"]]
+    assert on == ["return-path"]
+    assert outgoing.query_parameters()["max-bandwidth"] == 1024
+    outgoing.set_parameters({"max-bandwidth": 0})
+    assert outgoing.query_parameters()["max-bandwidth"] == 0
+
+
+@pytest.mark.parametrize("side", [OutgoingMigration, IncomingMigration])
+def test_what_is_named_as_unsupported_is_refused_and_the_rest_is_not(side):
+    migration = side(guest(filled=True))
+    missing = migration.query_unsupported()
+    for entry in migration.query_capabilities():
+        name = entry["capability"]
+        wanted = {name, "return-path"} if name == "switchover-ack" else {name}
+        if name in missing:
+            with pytest.raises(OptionError, match=f"'{name}'"):
+                side(guest(filled=True), capabilities=wanted)
+        else:
+            side(guest(filled=True), capabilities=wanted)
+    assert "multifd-channels" in missing
+    assert "max-bandwidth" not in missing
