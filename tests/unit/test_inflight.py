@@ -22,6 +22,8 @@ CRAWL = 1
 class EndlessLog:
     """A log in which there is always one more dirty page."""
 
+    chunk_pages = 0
+
     def __init__(self) -> None:
         self.synced = threading.Event()
 

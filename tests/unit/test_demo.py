@@ -1,0 +1,84 @@
+"""`mig demo` and the examples, as their users run them."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mig.demo import guests
+from mig.errors import DirtyLogError
+
+ROOT = Path(__file__).parents[2]
+
+
+def run(*command: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *command], capture_output=True, text=True, timeout=100, check=False
+    )
+
+
+def demo(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return run("-m", "mig", "demo", "--memory", "16M", *arguments)
+
+
+@pytest.mark.parametrize("log", [(), ("--dirty-log", "marked")])
+def test_a_running_guest_moves_and_nothing_of_it_is_corrupt(log):
+    done = demo("--json", "--dirty-rate", "20M", *log)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout.splitlines()[-1])
+    assert report["status"] == "completed"
+    assert report["memory-nbytes"] == 16 << 20
+    assert report["migration"]["status"] == "completed"
+    assert report["migration"]["ram"]["dirty-sync-count"] >= 3
+    assert report["source"]["ok"]
+    assert report["destination"]["ok"]
+    assert report["destination"]["npages"] == 4096
+    assert report["destination"]["writes"] > report["source"]["writes"] > 0
+    assert 0 < report["guest-downtime"] < 10
+    if log:
+        assert report["dirty-log"] == "marked"
+
+
+def test_the_report_is_for_people():
+    done = demo("--pattern", "words", "--workers", "2", "-c", "return-path=off")
+    assert done.returncode == 0, done.stderr
+    lines = {line.split()[0] for line in done.stdout.splitlines()}
+    assert lines == {"guest", "migration", "pages", "downtime", "verified"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--dirty-rate", "quick"), "no size"),
+        (("-p", "max-bandwidth=much"), "max-bandwidth"),
+        (("-c", "xbzrle"), "xbzrle"),
+        (("--workers", "0"), "workers"),
+    ],
+)
+def test_wrong_usage_is_one_word_about_it(arguments, message):
+    done = demo(*arguments)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_where_the_kernel_cannot_the_guest_marks_its_writes(monkeypatch):
+    def refuse(memory: object) -> None:
+        raise DirtyLogError("no userfaultfd")
+
+    monkeypatch.setattr(guests, "WriteTracker", refuse)
+    assert guests.best_log(None) == ("marked", "no userfaultfd")
+    assert guests.best_log("marked") == ("marked", None)
+    with pytest.raises(DirtyLogError):
+        guests.best_log("tracked")
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.py")), ids=lambda p: p.name)
+def test_an_example_does_what_it_says(path):
+    done = run(str(path))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "nothing is corrupt"
