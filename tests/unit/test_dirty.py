@@ -58,6 +58,16 @@ def test_starting_again_forgets_what_was_marked():
     assert log.sync("a", Bitmap(10)) == 0
 
 
+def test_writers_may_set_bits_themselves():
+    log, dirty = SharedDirtyLog({"a": 10, "b": 10}), Bitmap(10)
+    log.bitmap("a").set_atomic(1)
+    log.start()
+    log.bitmap("a").set_atomic(2, 3)
+    assert log.sync("b", Bitmap(10)) == 0
+    assert log.sync("a", dirty) == 3
+    assert dirty.indexes().tolist() == [2, 3, 4]
+
+
 def test_pages_and_blocks_that_are_not_there_are_refused():
     log = SharedDirtyLog({"a": 10})
     log.start()
