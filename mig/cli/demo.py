@@ -116,13 +116,17 @@ def demo(
         log=log,
     )
     display = _Display()
-    report = Demo(
-        options,
-        capabilities={"return-path": True, **parse_capabilities(capabilities)},
-        parameters={"max-bandwidth": 0, **parse_parameters(parameters)},
-        on_start=display.shown_for,
-        on_look=display.show,
-    ).run()
+    try:
+        job = Demo(
+            options,
+            capabilities={"return-path": True, **parse_capabilities(capabilities)},
+            parameters={"max-bandwidth": 0, **parse_parameters(parameters)},
+            on_start=display.shown_for,
+            on_look=display.show,
+        )
+    except ValueError as error:
+        raise click.UsageError(str(error)) from error
+    report = job.run()
     if as_json:
         print_json(_as_dict(report))
     else:

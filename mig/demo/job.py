@@ -16,7 +16,6 @@ from typing import Any
 from mig.demo.guests import Options, make_guest, report_as_dict
 from mig.engine import OutgoingMigration
 from mig.errors import MigError
-from mig.guest import ProcessGuest
 from mig.stats import MigrationInfo
 
 #: seconds that the guest runs before it moves, and after
@@ -60,8 +59,20 @@ class _Destination:
 
     def close(self) -> None:
         """End it."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
         with contextlib.suppress(BrokenPipeError):
-            self._process.communicate(timeout=10)
+            self._process.stdin.close()
+        try:
+            self._process.wait(10)
+        except subprocess.TimeoutExpired:
+            self.kill()
+        self._process.stdout.close()
+
+    def kill(self) -> None:
+        """End it at once."""
+        self._process.kill()
+        self._process.wait()
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +100,10 @@ class Demo:
     """Moves a running guest from this process to another one.
 
     capabilities, parameters: of the outgoing migration
-    on_look: told how it stands ten times a second
+    on_start: the migration runs inside the context that it returns
+    on_look:  told how it stands ten times a second
+
+    ValueError and OptionError: options that cannot be.
     """
 
     def __init__(
@@ -102,20 +116,23 @@ class Demo:
         on_look: Callable[[MigrationInfo], None],
     ) -> None:
         self._options = options
-        self._capabilities = capabilities
-        self._parameters = parameters
+        self._guest = make_guest(options)
+        self._outgoing = OutgoingMigration(
+            self._guest, capabilities=capabilities, parameters=parameters
+        )
         self._on_start = on_start
         self._on_look = on_look
 
     def run(self) -> DemoReport:
         """Do it; DemoError when anything of the guest is wrong in the end."""
-        with make_guest(self._options) as guest, self._destination() as destination:
+        with self._guest as guest, self._destination() as destination:
             guest.start()
             time.sleep(SETTLE)
-            info = self._migrate(guest, destination.uri)
+            self._migrate(destination.uri)
             destination.hear("status")
             source = report_as_dict(guest.verify())
             time.sleep(SETTLE)
+            info = self._outgoing.query()
             report = DemoReport(self._options, info, source, destination.verify())
         _check(report)
         return report
@@ -126,18 +143,17 @@ class Demo:
             destination = _Destination(f"unix:{Path(folder, 'socket')}", self._options)
             try:
                 yield destination
+            except BaseException:
+                destination.kill()
+                raise
             finally:
                 destination.close()
 
-    def _migrate(self, guest: ProcessGuest, uri: str) -> MigrationInfo:
-        outgoing = OutgoingMigration(
-            guest, capabilities=self._capabilities, parameters=self._parameters
-        )
-        with self._on_start(outgoing):
-            outgoing.start(uri)
-            while not outgoing.wait(LOOK):
-                self._on_look(outgoing.query())
-        return outgoing.query()
+    def _migrate(self, uri: str) -> None:
+        with self._on_start(self._outgoing):
+            self._outgoing.start(uri)
+            while not self._outgoing.wait(LOOK):
+                self._on_look(self._outgoing.query())
 
 
 def _check(report: DemoReport) -> None:
