@@ -31,7 +31,7 @@ except ModuleNotFoundError as _error:
 
 from mig import errors, xbzrle
 from mig.dirty import DirtyLog, SharedDirtyLog, WriteTracker
-from mig.engine import IncomingMigration, OutgoingMigration
+from mig.engine import Blockers, IncomingMigration, Moment, OutgoingMigration
 from mig.errors import MigError
 from mig.guest import DestinationGuest, MemoryGuest, ProcessGuest, SourceGuest
 from mig.image import StreamCapture, StreamImage, open_image
@@ -48,6 +48,7 @@ except _PackageNotFoundError:
 
 __all__ = [
     "Bitmap",
+    "Blockers",
     "Capability",
     "DestinationGuest",
     "DeviceRegistry",
@@ -56,6 +57,7 @@ __all__ = [
     "IncomingMigration",
     "MemoryGuest",
     "MigError",
+    "Moment",
     "OutgoingMigration",
     "Parameters",
     "ProcessGuest",

@@ -71,6 +71,10 @@ class PeerError(ChannelError):
     """The other side reported failure, or went away before it confirmed success."""
 
 
+class BlockedError(MigError):
+    """The guest cannot be migrated now, or a reason against it comes too late."""
+
+
 class CancelledError(MigError):
     """The migration was cancelled."""
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import select
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import ClassVar
 
 from mig.channel import Channel, carries_return_path, connect, parse_uri
 from mig.dirty import DirtyLog
+from mig.engine.blockers import Blockers, Moment, Notifier
 from mig.engine.convergence import Convergence, ConvergencePolicy
 from mig.engine.migration import Migration
 from mig.engine.precopy import Precopy
@@ -35,6 +36,8 @@ class OutgoingMigration(Migration):
     capabilities: names that are on, or a mapping of names to on/off
     parameters:   values by QMP name
     policy:       when to stop the guest and how far to slow it down; QEMU's when None
+    blockers:     reasons against it, shared by all that migrate this guest
+    notifiers:    told of the moments of precopy; they may veto
     on_event:     told of every event (see mig.events)
 
     When the migration fails or is cancelled the guest runs again and nothing of it is lost. With
@@ -53,6 +56,8 @@ class OutgoingMigration(Migration):
         capabilities: Iterable[str] | Mapping[str, bool] = (),
         parameters: Mapping[str, object] | None = None,
         policy: ConvergencePolicy | None = None,
+        blockers: Blockers | None = None,
+        notifiers: Sequence[Notifier] = (),
         on_event: Callable[[Event], None] | None = None,
     ) -> None:
         super().__init__(Options.choose(capabilities, parameters, self.supported), on_event)
@@ -60,6 +65,8 @@ class OutgoingMigration(Migration):
         self._policy = policy or Convergence(
             lambda: self.parameters, auto_converge=Capability.AUTO_CONVERGE in self.capabilities
         )
+        self._blockers = blockers or Blockers()
+        self._notifiers = tuple(notifiers)
         self._uri = ""
         self._channel: Channel | None = None
         self._return_path: ReturnPath | None = None
@@ -75,14 +82,20 @@ class OutgoingMigration(Migration):
     def start(self, uri: str) -> None:
         """Begin to migrate to ``uri``; returns at once.
 
-        UriError when it cannot be read, OptionError when it cannot do what a capability needs.
+        UriError when it cannot be read, OptionError when it cannot do what a capability needs,
+        BlockedError when something stands against it.
         """
         able = carries_return_path(parse_uri(uri))
         if Capability.RETURN_PATH in self.capabilities and not able:
             raise OptionError(f"capability 'return-path' is not possible over {uri}")
         self._require_status(Status.NONE, Input.START)
         self._uri = uri
-        self._launch()
+        self._blockers.begin()
+        try:
+            self._launch()
+        except BaseException:
+            self._blockers.end()
+            raise
 
     def migrate_continue(self) -> None:
         """Go on from status pre-switchover (QMP command migrate-continue); StateError elsewhere."""
@@ -91,7 +104,8 @@ class OutgoingMigration(Migration):
 
     def query(self) -> MigrationInfo:
         """Return a snapshot of status and statistics."""
-        info, precopy = super().query(), self._precopy
+        info = replace(super().query(), blocked_reasons=self._blockers.reasons)
+        precopy = self._precopy
         if precopy is None:
             return info
         expected = precopy.expected_downtime
@@ -114,6 +128,7 @@ class OutgoingMigration(Migration):
     def _run(self) -> None:
         channel = self._connect()
         writer = self._writer = StreamWriter(channel)
+        self._notify(Moment.SETUP)
         blocks = self._guest.source_blocks()
         for block in blocks:
             block.pages.pin()
@@ -165,6 +180,7 @@ class OutgoingMigration(Migration):
             self._policy,
             throttle=self._guest.throttle,
             may_leave=self._may_switch_over,
+            notify=self._notify,
             on_pass=lambda number: self._emit(PassStarted(number)),
             sleep=self._sleep,
         )
@@ -187,6 +203,7 @@ class OutgoingMigration(Migration):
 
     def _complete(self, writer: StreamWriter, saver: RamSaver, precopy: Precopy) -> None:
         precopy.sync(guest_runs=False)
+        self._notify(Moment.COMPLETE)
         if self._guest.switchover_start:
             writer.put(Command(CommandType.SWITCHOVER_START).encode())
         saver.end()
@@ -205,6 +222,19 @@ class OutgoingMigration(Migration):
     # ---- ends -------------------------------------------------------------------------------
 
     def _cleanup(self, *, failed: bool) -> None:
+        try:
+            self._notify(Moment.CLEANUP)
+        finally:
+            try:
+                self._release(failed=failed)
+            finally:
+                self._blockers.end()
+
+    def _notify(self, moment: Moment) -> None:
+        for notifier in self._notifiers:
+            notifier(moment)
+
+    def _release(self, *, failed: bool) -> None:
         try:
             if failed and self._return_path is not None:
                 self._prefer_peer_error(self._return_path)

@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable
 
+from mig.engine.blockers import Moment
 from mig.engine.convergence import ConvergencePolicy, DirtyRate
 from mig.engine.rate import RateLimit
 from mig.ram.save import RamSaver
@@ -24,6 +25,7 @@ class Precopy:
     policy:    says when the guest may be stopped, and how far it is slowed down
     throttle:  slows the guest down to a percentage of its time
     may_leave: whether the destination agrees to the switchover
+    notify:    told of each sync of the bitmap
     on_pass:   told the number of each pass over dirty memory, before it begins
     sleep:     waits so many seconds, or raises when the migration is cancelled
     """
@@ -38,6 +40,7 @@ class Precopy:
         *,
         throttle: Callable[[int], None],
         may_leave: Callable[[], bool],
+        notify: Callable[[Moment], None],
         on_pass: Callable[[int], None],
         sleep: Callable[[float], None],
     ) -> None:
@@ -48,6 +51,7 @@ class Precopy:
         self._policy = policy
         self._throttle_guest = throttle
         self._may_leave = may_leave
+        self._notify = notify
         self._on_pass = on_pass
         self._sleep = sleep
         self._page_size = search.blocks[0].pages.page_size if search.blocks else 1
@@ -84,9 +88,11 @@ class Precopy:
         """Take over the dirty log, and act on what it says of the last second."""
         if not self._search.has_log:
             return
+        self._notify(Moment.BEFORE_BITMAP_SYNC)
         with self._hints_lock:
             self._apply_hints()
             fresh = self._search.sync()
+        self._notify(Moment.AFTER_BITMAP_SYNC)
         self._begin_pass()
         period = self._dirty_rate.synced(fresh, time.monotonic(), self._writer.offset)
         if period is None or not guest_runs:
