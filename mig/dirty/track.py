@@ -136,9 +136,7 @@ class WriteTracker:
         mappings = list(_mappings())
         pairs = [(block.pages, _is_anonymous(block, mappings)) for block in blocks]
         try:
-            self._log = _core.WriteLog(
-                self._method, pairs, user_mode_only=self._user_mode_only
-            )
+            self._log = _core.WriteLog(self._method, pairs, user_mode_only=self._user_mode_only)
         except OSError as error:
             raise DirtyLogError(f"tracking does not start: {error}") from error
         self._numbers = {block.idstr: number for number, block in enumerate(blocks)}
