@@ -81,6 +81,7 @@ static int put_zeros(const struct mig_track *t, uint64_t address)
     return 0;
 }
 
+/* The caller holds the lock. */
 static void serve(struct mig_track *t, const struct uffd_msg *msg)
 {
     uint64_t address = msg->arg.pagefault.address & ~(uint64_t)(t->host_page - 1);
@@ -96,7 +97,6 @@ static void serve(struct mig_track *t, const struct uffd_msg *msg)
         if (address < (uintptr_t)block->base || offset >= mig_track_nbytes(block)) {
             continue;
         }
-        pthread_mutex_lock(&t->lock);
         mig_bitmap_put(block->bits, page);
         rc = msg->arg.pagefault.flags & UFFD_PAGEFAULT_FLAG_WP
                  ? mig_track_protect(t, block->base + page * block->page_size, block->page_size,
@@ -107,7 +107,6 @@ static void serve(struct mig_track *t, const struct uffd_msg *msg)
             t->error = rc;
             mig_track_unregister(t);
         }
-        pthread_mutex_unlock(&t->lock);
         return;
     }
 }
@@ -125,10 +124,15 @@ static void *serve_all(void *argument)
         if (fds[1].revents) {
             return NULL;
         }
+        /* A message that is read stays, also when its writer was woken with another's: without a
+         * sync in between it says nothing new, and one that nobody has read goes with its writer.
+         * So no page is dirty again that nobody wrote again. */
+        pthread_mutex_lock(&t->lock);
         got = read(t->uffd, messages, sizeof(messages));
         for (size_t i = 0; got > 0 && i < (size_t)got / sizeof(*messages); i++) {
             serve(t, messages + i);
         }
+        pthread_mutex_unlock(&t->lock);
     }
 }
 

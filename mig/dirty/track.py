@@ -126,9 +126,10 @@ class WriteTracker:
         return self._reason
 
     def start(self) -> None:
-        """Begin to track the blocks that memory has now, until stop(); nothing is dirty yet.
+        """Begin to track the blocks that memory has now, with nothing dirty.
 
-        ValueError and DirtyLogError: see the class. Nothing is tracked then.
+        Until stop() the blocks cannot be closed. ValueError and DirtyLogError: see the class;
+        nothing is tracked then.
         """
         self.stop()
         blocks = list(self._memory)
