@@ -110,7 +110,8 @@ cdef class KvmVm:
     log: "bitmap", "manual" or "ring"
     ring_entries: of each vCPU's ring, a power of two
 
-    ``sync``, ``clear``, ``counters`` and ``wait`` may be called by any thread beside the others.
+    ``sync``, ``clear``, ``counters`` and ``wait`` may be called by any thread beside the others,
+    ``close`` beside nothing.
     KvmUnavailableError when the machine cannot be made, KvmError when KVM refuses something later;
     ValueError after close().
     """
