@@ -21,14 +21,15 @@ from cpython.buffer cimport (
     PyBUF_CONTIG, PyBUF_CONTIG_RO, PyBUF_FORMAT, PyBUF_ND, PyBUF_STRIDES, PyBuffer_Release,
     PyObject_GetBuffer,
 )
-from libc.stdint cimport UINT64_MAX, int32_t, int64_t, uint8_t, uint64_t
+from libc.stdint cimport UINT64_MAX, int32_t, int64_t, uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memcpy
 
 from mig._csrc cimport *
 
 from mig.errors import (
-    CancelledError, ChannelError, IdleTimeoutError, KernelError, MigError, XbzrleError,
+    CancelledError, ChannelError, IdleTimeoutError, KernelError, KvmError, KvmUnavailableError,
+    MigError, XbzrleError,
 )
 
 
@@ -76,3 +77,4 @@ include "_core_ram.pxi"
 include "_core_fd.pxi"
 include "_core_workload.pxi"
 include "_core_track.pxi"
+include "_core_kvm.pxi"

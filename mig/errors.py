@@ -7,7 +7,10 @@
      │    └── UriError          a migration URI that cannot be read
      ├── StateError             an input that the present state does not accept
      ├── KernelError            the demanded kernel is unknown, not built, or not for this CPU
+     ├── KvmError               KVM refused something
+     │    └── KvmUnavailableError  this machine's KVM cannot run the KVM guest
      ├── XbzrleError            bytes that are no XBZRLE encoding of their page
+     ├── BlockedError           the guest cannot be migrated now
      ├── DirtyLogError          writes to the guest's memory cannot be logged
      ├── ChannelError           the connection, file or command failed
      │    ├── IdleTimeoutError  no byte moved for the idle limit
@@ -49,6 +52,14 @@ class StateError(MigError):
 
 class KernelError(MigError):
     """The demanded kernel cannot be had."""
+
+
+class KvmError(MigError):
+    """KVM refused something, or a vCPU left the guest for a reason that it should not have."""
+
+
+class KvmUnavailableError(KvmError):
+    """This machine's KVM cannot run the KVM guest; says what failed."""
 
 
 class XbzrleError(MigError):

@@ -1,6 +1,7 @@
 """What a migration needs from a guest, and guests: a program's own, and threads that write."""
 
 from mig.guest.base import DestinationGuest, SourceGuest
+from mig.guest.kvm import KvmGuest
 from mig.guest.memory import MemoryGuest
 from mig.guest.process import CorruptPage, GuestCounters, GuestReport, ProcessGuest
 
@@ -9,6 +10,7 @@ __all__ = [
     "DestinationGuest",
     "GuestCounters",
     "GuestReport",
+    "KvmGuest",
     "MemoryGuest",
     "ProcessGuest",
     "SourceGuest",
