@@ -132,11 +132,17 @@ class KvmGuest(MemoryGuest):
                 if kind == "ring"
                 else KvmDirtyLog(vm, names, chunk_pages if kind == "manual" else 0)
             )
-            super().__init__(machine, memory, dirty=self._log, on_stop=vm.stop, on_resume=vm.resume)
+            super().__init__(
+                machine,
+                memory,
+                dirty=self._log,
+                on_stop=vm.stop,
+                on_resume=vm.resume,
+                on_throttle=vm.throttle,
+            )
         except BaseException:
             vm.close()
             raise
-        self.throttle = vm.throttle
         #: identities of the vCPUs
         self.vcpus: Sequence[int] = range(vcpus)
         for index in self.vcpus:
