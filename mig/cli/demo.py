@@ -24,7 +24,7 @@ from mig.cli.common import (
     say,
     sized,
 )
-from mig.demo.guests import LOGS, Options, best_log
+from mig.demo.guests import GUESTS, LOGS, Options, best_log
 from mig.demo.job import Demo, DemoReport
 from mig.engine import OutgoingMigration
 from mig.options import kinds
@@ -50,13 +50,20 @@ class _Size(click.ParamType):  # type: ignore[type-arg]  # click is generic sinc
 
 
 @click.command()
+@click.option(
+    "--guest",
+    type=click.Choice(GUESTS),
+    default="process",
+    show_default=True,
+    help="Threads of this process, or a small virtual machine of /dev/kvm.",
+)
 @click.option("--memory", type=_Size(), default="512M", show_default=True, help="Of the guest.")
 @click.option(
     "--dirty-rate",
     type=_Size(),
     default="50M",
     show_default=True,
-    help="Memory that the guest dirties per second; 0: as fast as it can.",
+    help="Memory that the guest dirties per second; 0: as fast as it can, as kvm always does.",
 )
 @click.option("--workers", default=1, show_default=True, help="Threads that write: its vCPUs.")
 @click.option(
@@ -85,6 +92,7 @@ class _Size(click.ParamType):  # type: ignore[type-arg]  # click is generic sinc
 @json_option
 @reports_errors
 def demo(
+    guest: str,
     memory: int,
     dirty_rate: int,
     workers: int,
@@ -97,22 +105,21 @@ def demo(
 ) -> None:
     """Move a running guest live to another process, and check that all of it arrived.
 
-    The guest is memory of this process that native threads write and check; it goes on running
-    until the switchover, and then in the other process. In the end every page of it is checked in
-    both.
+    The guest writes its memory, and checks what it wrote; it goes on until the switchover, and then
+    in the other process. In the end all that it writes is checked in both.
 
     Capability return-path is on, and parameter max-bandwidth 0 (no limit), unless given.
     """
-    log, reason = best_log(dirty_log)
+    log, reason = ("kvm", None) if guest == "kvm" else best_log(dirty_log)
     if reason is not None:
         say(f"writes are {log}: {reason}")
     options = Options(
+        guest=guest,
         nbytes=max(_PAGE, memory // _PAGE * _PAGE),
         rate=dirty_rate,
         workers=workers,
         pattern=pattern,
         working_set=working_set,
-        fill="random",
         log=log,
     )
     display = _Display()
@@ -180,11 +187,10 @@ def _milliseconds(seconds: float | None) -> str:
 
 def _print(report: DemoReport) -> None:
     info, ram, there = report.info, report.info.ram, report.destination
-    rate = sized(report.options.rate) if report.options.rate else "as much as it can"
-    click.echo(
-        f"guest       {sized(ram.total)} of memory, dirties {rate}/s "
-        f"({report.options.pattern}, writes are {report.options.log})"
-    )
+    options = report.options
+    rate = f"{sized(options.rate)}/s" if options.rate else "as fast as it can"
+    how = "vCPUs of KVM" if options.guest == "kvm" else f"{rate}, {options.pattern}"
+    click.echo(f"guest       {sized(ram.total)} of memory; dirties it: {how}; log: {options.log}")
     click.echo(
         f"migration   {info.total_time or 0:.2f} s, {sized(ram.transferred)}, "
         f"{sized(info.throughput or 0)}/s, {ram.dirty_sync_count} iterations"
@@ -196,7 +202,7 @@ def _print(report: DemoReport) -> None:
     )
     click.echo(
         f"verified    {there['npages']} pages at either end, none is corrupt; "
-        f"{report.source['ticks']} ticks before, {there['ticks']} after"
+        f"{report.source['writes']} writes before, {there['writes']} after"
     )
 
 

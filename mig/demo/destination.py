@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import json
 import sys
+from contextlib import closing
 from typing import Any
 
-from mig.demo.guests import Options, make_guest, report_as_dict
+from mig.demo.guests import Options, make_show
 from mig.engine import IncomingMigration
 from mig.errors import MigError
 
@@ -21,8 +22,8 @@ def _say(**what: Any) -> None:
 
 def main(uri: str, options: Options) -> None:
     """Receive the guest at ``uri`` and let it run."""
-    with make_guest(options) as guest:
-        incoming = IncomingMigration(guest)
+    with closing(make_show(options)) as show:
+        incoming = IncomingMigration(show.guest)
         incoming.listen(uri)
         _say(uri=incoming.uri)
         try:
@@ -30,11 +31,10 @@ def main(uri: str, options: Options) -> None:
         except MigError as error:
             _say(error=str(error))
             return
-        guest.resume()
+        show.guest.resume()
         _say(status=str(incoming.status))
         for _ in sys.stdin:
-            _say(**report_as_dict(guest.verify()))
-            guest.resume()
+            _say(**show.verify(running=True))
 
 
 if __name__ == "__main__":

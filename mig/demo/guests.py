@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 from mig.dirty import DirtyLog, WriteTracker
 from mig.errors import DirtyLogError
-from mig.guest import GuestReport, ProcessGuest
+from mig.guest import KvmGuest, MemoryGuest, ProcessGuest
 from mig.memory import GuestMemory
 
-#: what the demo calls the dirty logs
+GUESTS = ("process", "kvm")
+#: dirty logs of the process guest
 LOGS = ("tracked", "marked")
 
 
@@ -20,15 +21,16 @@ LOGS = ("tracked", "marked")
 class Options:
     """What to show; names as in ProcessGuest.
 
-    log: who notes writes: the kernel ('tracked') or the guest itself ('marked')
+    guest: 'process' or 'kvm'
+    log:   who notes writes: the kernel ('tracked'), KVM ('kvm'), or the guest itself ('marked')
     """
 
+    guest: str
     nbytes: int
     rate: int
     workers: int
     pattern: str
     working_set: float
-    fill: str
     log: str
 
     @classmethod
@@ -53,25 +55,105 @@ def best_log(wanted: str | None) -> tuple[str, str | None]:
         return "marked", str(error)
 
 
-def make_guest(options: Options) -> ProcessGuest:
+class Show(Protocol):
+    """A guest that is shown, at either end."""
+
+    @property
+    def guest(self) -> MemoryGuest:
+        """What is migrated."""
+
+    def start(self) -> None:
+        """Let a new guest run."""
+
+    def verify(self, *, running: bool) -> dict[str, Any]:
+        """Check all of its memory, whether it runs or stands still; return what there is to say.
+
+        ok, npages (checked), corrupt (a list of words), ticks (how far it has come), switchover_gap
+        (seconds between its last tick at the source and its first one here, None: not known)
+        """
+
+    def close(self) -> None:
+        """End it and release its memory."""
+
+
+class ProcessShow:
+    """Threads of this process that write its memory."""
+
+    def __init__(self, options: Options) -> None:
+        log: Callable[[GuestMemory], DirtyLog] = WriteTracker
+        self.guest = ProcessGuest(
+            options.nbytes,
+            workers=options.workers,
+            rate=options.rate,
+            pattern=options.pattern,
+            working_set=options.working_set,
+            dirty=log if options.log == "tracked" else "marked",
+        )
+
+    def start(self) -> None:
+        """Fill the memory and let the threads write."""
+        self.guest.start()
+
+    def verify(self, *, running: bool) -> dict[str, Any]:
+        """Check; it goes on as it was."""
+        report = self.guest.verify()
+        corrupt = [str(page) for page in (*report.corrupt, *report.first_refused)]
+        if not report.ledger_ok:
+            corrupt.append("the ledger is not the one that the workers keep")
+        return {
+            "ok": report.ok,
+            "npages": report.npages,
+            "corrupt": corrupt,
+            "ticks": report.ticks,
+            "writes": report.writes,
+            "switchover_gap": report.switchover_gap,
+        }
+
+    def close(self) -> None:
+        """End the threads."""
+        self.guest.close()
+
+
+class KvmShow:
+    """vCPUs of /dev/kvm that write their memory, as fast as KVM lets them."""
+
+    def __init__(self, options: Options) -> None:
+        memory = GuestMemory()
+        memory.add("ram", options.nbytes)
+        self._working_set = int(options.nbytes * options.working_set)
+        self.guest = KvmGuest(memory, vcpus=options.workers)
+
+    def start(self) -> None:
+        """Boot the program."""
+        self.guest.boot(working_set=self._working_set)
+        self.guest.resume()
+
+    def verify(self, *, running: bool) -> dict[str, Any]:
+        """Check while it stands still; it runs again if it did."""
+        if running:
+            self.guest.stop()
+        corrupt = [f"page {page}" for page in self.guest.verify()]
+        if self.guest.first_corrupt_page is not None:
+            corrupt.append(f"the guest reports page {self.guest.first_corrupt_page}")
+        progress = [self.guest.progress(vcpu) for vcpu in self.guest.vcpus]
+        written = sum(vcpu.pages_written for vcpu in progress)
+        if running:
+            self.guest.resume()
+        return {
+            "ok": not corrupt,
+            "npages": sum(vcpu.end - vcpu.first for vcpu in progress),
+            "corrupt": corrupt,
+            "ticks": written,
+            "writes": written,
+            "switchover_gap": None,
+        }
+
+    def close(self) -> None:
+        """End the vCPUs."""
+        self.guest.close()
+        self.guest.memory.close()
+
+
+def make_show(options: Options) -> Show:
     """Make the guest; the one that is to be received is made of the same options."""
-    log: Callable[[GuestMemory], DirtyLog] = WriteTracker
-    return ProcessGuest(
-        options.nbytes,
-        workers=options.workers,
-        rate=options.rate,
-        pattern=options.pattern,
-        working_set=options.working_set,
-        fill=options.fill,
-        dirty=log if options.log == "tracked" else "marked",
-    )
-
-
-def report_as_dict(report: GuestReport) -> dict[str, Any]:
-    """Return a report for another process, or for people who read JSON."""
-    return {
-        **asdict(report),
-        "corrupt": [str(page) for page in report.corrupt],
-        "first_refused": [str(page) for page in report.first_refused],
-        "ok": report.ok,
-    }
+    return KvmShow(options) if options.guest == "kvm" else ProcessShow(options)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mig.demo.guests import Options, make_guest, report_as_dict
+from mig.demo.guests import Options, make_show
 from mig.engine import OutgoingMigration
 from mig.errors import MigError
 from mig.stats import MigrationInfo
@@ -116,21 +116,21 @@ class Demo:
         on_look: Callable[[MigrationInfo], None],
     ) -> None:
         self._options = options
-        self._guest = make_guest(options)
+        self._show = make_show(options)
         self._outgoing = OutgoingMigration(
-            self._guest, capabilities=capabilities, parameters=parameters
+            self._show.guest, capabilities=capabilities, parameters=parameters
         )
         self._on_start = on_start
         self._on_look = on_look
 
     def run(self) -> DemoReport:
         """Do it; DemoError when anything of the guest is wrong in the end."""
-        with self._guest as guest, self._destination() as destination:
-            guest.start()
+        with contextlib.closing(self._show) as show, self._destination() as destination:
+            show.start()
             time.sleep(SETTLE)
             self._migrate(destination.uri)
             destination.hear("status")
-            source = report_as_dict(guest.verify())
+            source = show.verify(running=False)
             time.sleep(SETTLE)
             info = self._outgoing.query()
             report = DemoReport(self._options, info, source, destination.verify())
@@ -159,8 +159,6 @@ class Demo:
 def _check(report: DemoReport) -> None:
     for where, said in (("source", report.source), ("destination", report.destination)):
         if not said["ok"]:
-            pages = [*said["corrupt"], *said["first_refused"]]
-            what = "; ".join(pages) or "its ledger is not the one that its workers keep"
-            raise DemoError(f"the guest is corrupt at the {where}: {what}")
+            raise DemoError(f"the guest is corrupt at the {where}: {'; '.join(said['corrupt'])}")
     if report.destination["ticks"] <= report.source["ticks"]:
         raise DemoError("the guest does not tick at the destination")
