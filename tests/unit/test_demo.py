@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from mig.demo import guests
-from mig.errors import DirtyLogError
+from mig.errors import DirtyLogError, KvmUnavailableError
+from mig.guest.kvm import probe
 
 ROOT = Path(__file__).parents[2]
 
@@ -23,6 +24,14 @@ def run(*command: str) -> subprocess.CompletedProcess[str]:
 
 def demo(*arguments: str) -> subprocess.CompletedProcess[str]:
     return run("-m", "mig", "demo", "--memory", "16M", *arguments)
+
+
+def what_kvm_lacks() -> str | None:
+    try:
+        probe()
+    except KvmUnavailableError as error:
+        return str(error)
+    return None
 
 
 @pytest.mark.parametrize("log", [(), ("--dirty-log", "marked")])
@@ -41,6 +50,19 @@ def test_a_running_guest_moves_and_nothing_of_it_is_corrupt(log):
     assert 0 < report["guest-downtime"] < 10
     if log:
         assert report["dirty-log"] == "marked"
+
+
+def test_a_virtual_machine_moves():
+    done = demo("--guest", "kvm", "--workers", "2", "--json")
+    missing = what_kvm_lacks()
+    if missing is not None:
+        assert done.returncode == 1
+        assert missing in done.stderr
+        return
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout.splitlines()[-1])
+    assert report["destination"]["ok"]
+    assert report["destination"]["writes"] > report["source"]["writes"] > 0
 
 
 def test_the_report_is_for_people():
