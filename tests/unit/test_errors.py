@@ -26,7 +26,7 @@ from mig.errors import (
 def test_every_error_is_a_mig_error():
     found = [c for _, c in inspect.getmembers(errors, inspect.isclass)]
     classes = [c for c in found if c.__module__ == "mig.errors"]
-    assert len(classes) == 14
+    assert len(classes) == 16
     assert all(issubclass(c, MigError) for c in classes)
 
 
