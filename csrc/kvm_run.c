@@ -287,16 +287,19 @@ void mig_kvm_throttle(struct mig_kvm *vm, unsigned percent)
 void mig_kvm_kick(struct mig_kvm *vm)
 {
     uint64_t before[MIG_KVM_MAX_VCPUS];
+    bool inside[MIG_KVM_MAX_VCPUS];
 
     pthread_mutex_lock(&vm->lock);
     for (unsigned i = 0; i < vm->nvcpus; i++) {
         before[i] = vm->vcpus[i].exits;
-        if (!vm->vcpus[i].parked) {
+        inside[i] = !vm->vcpus[i].parked;
+        if (inside[i]) {
             kick(vm->vcpus + i);
         }
     }
+    /* one that was out may go in meanwhile, and nobody has kicked it */
     for (unsigned i = 0; i < vm->nvcpus; i++) {
-        while (!vm->vcpus[i].parked && vm->vcpus[i].exits == before[i]) {
+        while (inside[i] && vm->vcpus[i].exits == before[i]) {
             pthread_cond_wait(&vm->changed, &vm->lock);
         }
     }

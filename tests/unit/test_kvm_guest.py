@@ -512,6 +512,20 @@ def test_a_ring_that_is_full_is_emptied_and_pages_are_counted(make):
     assert guest.verify() == []
 
 
+def test_a_ring_is_taken_while_vcpus_come_and_go(make):
+    guest = make(vcpus=4, dirty_log="ring")
+    guest.boot()
+    log, dirty = guest.dirty_log(), _core.Bitmap(NPAGES)
+    log.start()
+    for _ in range(10):
+        guest.resume()
+        for _ in range(100):
+            log.sync("ram0", dirty)
+        guest.stop()
+    log.stop()
+    guest.check()
+
+
 def test_logs_that_cannot_be(make):
     with pytest.raises(ValueError, match="no dirty log 'paper'"):
         make(dirty_log="paper")
