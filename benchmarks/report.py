@@ -50,6 +50,40 @@ def _peers(benchmark: Benchmark) -> list[str]:
     ]
 
 
+def _is_live(benchmark: Benchmark) -> bool:
+    return "downtime" in benchmark["extra_info"]
+
+
+def _live(benchmarks: list[Benchmark]) -> Iterator[str]:
+    yield "## Running guests"
+    yield ""
+    yield (
+        "Threads that write a quarter of the memory at a rate, and check what they wrote, moved "
+        "within one process over a unix socket. Downtime is the longest time between two ticks of "
+        "the guest around the switchover, its median and the worst of the rounds; the limit is "
+        "what the migration was told to aim for. tracked: the kernel notes writes; marked: the "
+        "guest does."
+    )
+    yield ""
+    head = ["dirtied", "log", "memory", "total time", "throughput", "downtime", "worst", "limit"]
+    rows = []
+    for b in benchmarks:
+        info = b["extra_info"]
+        rows.append(
+            [
+                f"{info['rate'] >> 20} MiB/s",
+                info["log"],
+                f"{info['memory'] >> 20} MiB",
+                _time(b["stats"]["median"]),
+                f"{info['throughput'] / 1e9:.2f} GB/s",
+                _time(info["downtime"]),
+                _time(info["worst"]),
+                _time(info["limit"]),
+            ]
+        )
+    yield from _table(head, rows)
+
+
 def _kernel_row(benchmark: Benchmark, rates: bool, peers: list[str]) -> Iterator[str]:
     info, seconds = benchmark["extra_info"], benchmark["stats"]["median"]
     yield f"`{benchmark['name'].removeprefix('test_')}`"
@@ -152,7 +186,8 @@ def report(results: list[dict[str, Any]]) -> Iterator[str]:
     machine = results[0]["machine_info"]["mig"]
     benchmarks = [benchmark for result in results for benchmark in result["benchmarks"]]
     migrations = [b for b in benchmarks if _is_migration(b)]
-    kernels = [b for b in benchmarks if not _is_migration(b)]
+    live = [b for b in benchmarks if _is_live(b)]
+    kernels = [b for b in benchmarks if not _is_migration(b) and not _is_live(b)]
     versions = sorted({b["extra_info"]["qemu"] for b in migrations})
     yield "# Benchmarks"
     yield ""
@@ -167,7 +202,7 @@ def report(results: list[dict[str, Any]]) -> Iterator[str]:
         yield from _libraries(machine)
     if machine["smoke"]:
         yield "- **smoke run: too short to mean anything**"
-    for part, chosen in ((_migrations, migrations), (_kernels, kernels)):
+    for part, chosen in ((_migrations, migrations), (_live, live), (_kernels, kernels)):
         if chosen:
             yield ""
             yield from part(chosen)

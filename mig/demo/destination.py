@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
-from contextlib import closing
+from contextlib import closing, suppress
 from typing import Any
 
 from mig.demo.guests import Options, make_show
@@ -23,6 +23,10 @@ def _say(**what: Any) -> None:
 def main(uri: str, options: Options) -> None:
     """Receive the guest at ``uri`` and let it run."""
     with closing(make_show(options)) as show:
+        # a destination that waits to be migrated to can have its memory ready
+        with suppress(OSError):
+            for block in show.guest.memory:
+                block.populate()
         incoming = IncomingMigration(show.guest)
         incoming.listen(uri)
         _say(uri=incoming.uri)

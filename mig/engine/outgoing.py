@@ -20,7 +20,7 @@ from mig.engine.returnpath import ReturnPath
 from mig.errors import ChannelError, IdleTimeoutError, MigError, OptionError
 from mig.events import Event, PassStarted
 from mig.guest import SourceGuest
-from mig.options import OUTGOING_CAPABILITIES, Capability, Options
+from mig.options import OUTGOING_CAPABILITIES, Capability, Options, ZeroPageDetection
 from mig.ram.save import RamSaver
 from mig.ram.search import PageSearch, SourceBlock
 from mig.records import Command, FileHeader
@@ -135,7 +135,9 @@ class OutgoingMigration(Migration):
             self._pinned.append(block)
         self._start_dirty_log()
         search = self._search = PageSearch(blocks, self._log)
-        saver = RamSaver(writer, search, self._guest.ram_section_id, self._counters)
+        saver = RamSaver(
+            writer, search, self._guest.ram_section_id, self._counters, self._detects_zero
+        )
         saver.footers = self._guest.footers
         self._send_setup(channel, writer, saver)
         precopy = self._precopy = self._prepare_precopy(writer, search, saver)
@@ -143,6 +145,9 @@ class OutgoingMigration(Migration):
         self._stop_guest()
         self._complete(writer, saver, precopy)
         self._confirm(channel)
+
+    def _detects_zero(self) -> bool:
+        return self.parameters.zero_page_detection != ZeroPageDetection.NONE
 
     def _connect(self) -> Channel:
         channel = connect(self._uri, self._cancel, self.parameters.timeout)

@@ -29,5 +29,6 @@ SUPPORTED_PARAMETERS: Final = frozenset(
         "max-bandwidth",
         "max-cpu-throttle",
         "throttle-trigger-threshold",
+        "zero-page-detection",
     }
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from collections.abc import Callable
 
 from mig import _core
 from mig.ram.search import PageBatch, PageSearch
@@ -18,15 +19,23 @@ class RamSaver:
     """Writes the sections of `ram` into one stream; matches ram_save_setup/iterate/complete().
 
     The block that the stream is in is remembered over sections, as the receiver does.
+
+    detects_zero: whether to look for zero pages now; those that are known to be are sent as such
     """
 
     def __init__(
-        self, writer: StreamWriter, search: PageSearch, section_id: int, counters: RamCounters
+        self,
+        writer: StreamWriter,
+        search: PageSearch,
+        section_id: int,
+        counters: RamCounters,
+        detects_zero: Callable[[], bool] = lambda: True,
     ) -> None:
         self._writer = writer
         self._search = search
         self._section_id = section_id
         self._counters = counters
+        self._detects_zero = detects_zero
         self._current: str | None = None
         #: whether sections end with footers
         self.footers = True
@@ -61,7 +70,7 @@ class RamSaver:
     def _put(self, batch: PageBatch) -> None:
         block = batch.block
         zero, nzero = None, 0
-        if block.detect_zero:
+        if block.detect_zero and self._detects_zero():
             zero, nzero = _core.KERNELS.zero_pages(block.pages, batch.index)
         else:
             nzero = len(batch.index) - block.pages.count_stored(batch.index)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -9,6 +11,20 @@ from mig import _core
 from mig.memory import GuestMemory, RamBlock
 
 PAGE = 4096
+
+
+def resident(block: RamBlock) -> int:
+    """Host pages that the kernel has given."""
+    fields = {}
+    ours = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        name, _, value = line.partition(":")
+        if "-" in name and " " in line.split(":")[0]:
+            start, end = (int(part, 16) for part in name.split()[0].split("-"))
+            ours = start <= block.pages.hva < end
+        elif ours:
+            fields[name] = value
+    return int(fields["Rss"].split()[0]) * 1024 // PAGE
 
 
 @pytest.fixture
@@ -110,3 +126,20 @@ def test_closing_with_a_view_of_the_last_block_leaves_the_others_usable(memory):
         assert block.pages.npages > 0
     del holder
     memory.close()
+
+
+def test_memory_can_be_had_at_once_and_is_still_zeros():
+    memory = GuestMemory()
+    block = memory.add("a", 64 * PAGE)
+    block.populate()
+    assert resident(block) >= 64
+    assert block.take_fresh()
+    assert bytes(block.view) == bytes(64 * PAGE)
+    memory.close()
+
+
+def test_memory_of_the_caller_s_is_not_populated():
+    memory = GuestMemory()
+    block = memory.add("a", 2 * PAGE, bytearray(2 * PAGE))
+    with pytest.raises(OSError, match="not mapped by mig"):
+        block.populate()

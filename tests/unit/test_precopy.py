@@ -298,3 +298,18 @@ def test_a_hint_before_a_write_does_not_hide_it(made):
     assert outgoing.wait(FOREVER)
     assert incoming.wait(FOREVER)
     assert target.same_as(source)
+
+
+@pytest.mark.parametrize(("detection", "found"), [("none", 0), ("legacy", 300), ("multifd", 300)])
+def test_zero_pages_are_looked_for_as_the_parameter_says(made, detection, found):
+    source, target = Box(51), Box()
+    source.memory["pc.ram"].view[:] = b"\x5a" * (NPAGES * PAGE)
+    source.memory["pc.ram"].view[: 300 * PAGE] = bytes(300 * PAGE)
+    source.memory["vga.vram"].view[:] = b"\x01" * (16 * PAGE)
+    outgoing, incoming = started(
+        made, source, target, parameters={"zero-page-detection": detection}
+    )
+    assert outgoing.wait(FOREVER)
+    assert incoming.wait(FOREVER)
+    assert target.same_as(source)
+    assert outgoing.query().ram.duplicate == found
