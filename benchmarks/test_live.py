@@ -1,4 +1,4 @@
-"""Guests that run while they are migrated, and what the engine takes to look at memory that is clean.
+"""Guests that run while they are migrated, and what a look at clean memory costs the engine.
 
 Source and destination are in one process, so the guest's clock is one clock; the threads of the
 guest, of the two migrations and of the kernel share the machine's processors.
