@@ -33,6 +33,7 @@ class IncomingMigration(Migration):
                   it is the source that opens it
     parameters:   values by QMP name
     page_size:    target page size in bytes where the stream does not name it
+    exit_on_error: end this process with status 1 when it fails, as QEMU does by default
     on_event:     told of every event (see mig.events)
 
     When it fails with a return path the source is told so, fails too, and its guest goes on
@@ -52,11 +53,13 @@ class IncomingMigration(Migration):
         capabilities: Iterable[str] | Mapping[str, bool] = (),
         parameters: Mapping[str, object] | None = None,
         page_size: int = 1 << DEFAULT_PAGE_BITS,
+        exit_on_error: bool = False,
         on_event: Callable[[Event], None] | None = None,
     ) -> None:
         super().__init__(Options.choose(capabilities, parameters, self.supported), on_event)
         self._guest = guest
         self._page_size = page_size
+        self._exit_on_error = exit_on_error
         self._listener: Listener | None = None
         self._channel: Channel | None = None
         self._reader: StreamReader | None = None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 import threading
 import time
 from abc import ABC, abstractmethod
@@ -54,6 +56,8 @@ class Migration(ABC):
         self._wake: Wake
         self._thread: threading.Thread | None = None
         self._error: MigError | None = None
+        self._cancel_reason: str | None = None
+        self._exit_on_error = False
         self._counters = RamCounters()
         self._clock: dict[str, float] = {}
 
@@ -72,17 +76,22 @@ class Migration(ABC):
         if not self._done.wait(timeout):
             return False
         if self.status == Status.CANCELLED:
-            raise CancelledError("the migration was cancelled")
+            raise CancelledError(self._cancel_reason or "the migration was cancelled")
         if self.status == Status.FAILED and self._error is not None:
             raise self._error
         return True
 
-    def cancel(self) -> None:
-        """Give up; returns at once, `wait` tells when it is done. No effect after the end."""
+    def cancel(self, reason: str | None = None) -> None:
+        """Give up; returns at once, `wait` tells when it is done. No effect after the end.
+
+        reason: what `wait` raises says, unless it was cancelled before
+        """
         with self._lock:
             if self.status in FINAL or self.status == Status.NONE:
                 return
             first = self.status != Status.CANCELLING
+            if first:
+                self._cancel_reason = reason
             status = self._machine.feed(Input.CANCEL)
             self._interrupt()
             if first:
@@ -168,6 +177,10 @@ class Migration(ABC):
             try:
                 self._emit(StatusChanged(status))
             finally:
+                if status == Status.FAILED and self._exit_on_error:
+                    print(f"mig: {self._error}", file=sys.stderr, flush=True)
+                    # at once: nobody who waits for the migration is to go on
+                    os._exit(1)
                 self._done.set()
 
     def _fail(self, error: MigError) -> None:

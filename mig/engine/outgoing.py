@@ -20,7 +20,7 @@ from mig.engine.returnpath import ReturnPath
 from mig.errors import ChannelError, IdleTimeoutError, MigError, OptionError
 from mig.events import Event, PassStarted
 from mig.guest import SourceGuest
-from mig.options import OUTGOING_CAPABILITIES, Capability, Options, ZeroPageDetection
+from mig.options import OUTGOING_CAPABILITIES, Capability, MigMode, Options, ZeroPageDetection
 from mig.ram.save import RamSaver
 from mig.ram.search import PageSearch, SourceBlock
 from mig.records import Command, FileHeader
@@ -115,6 +115,10 @@ class OutgoingMigration(Migration):
             cpu_throttle_percentage=precopy.throttle or None,
         )
 
+    def block_resized(self, idstr: str) -> None:
+        """Say that a block has another size now: the migration is cancelled, with that reason."""
+        self.cancel(f"RAM block '{idstr}' resized during precopy.")
+
     def hint_free(self, idstr: str, first_page: int, npages: int) -> None:
         """Say that nobody needs what these pages of a block hold; no effect before the first pass.
 
@@ -129,6 +133,8 @@ class OutgoingMigration(Migration):
         channel = self._connect()
         writer = self._writer = StreamWriter(channel)
         self._notify(Moment.SETUP)
+        if self.parameters.mode == MigMode.CPR_REBOOT:
+            self._stop_guest()
         blocks = self._guest.source_blocks()
         for block in blocks:
             block.pages.pin()
@@ -142,7 +148,7 @@ class OutgoingMigration(Migration):
         self._send_setup(channel, writer, saver)
         precopy = self._precopy = self._prepare_precopy(writer, search, saver)
         precopy.run()
-        self._stop_guest()
+        self._switch_over()
         self._complete(writer, saver, precopy)
         self._confirm(channel)
 
@@ -197,10 +203,15 @@ class OutgoingMigration(Migration):
         return self._return_path is not None and self._return_path.acked
 
     def _stop_guest(self) -> None:
+        if self._stopped:
+            return
         self._mark("stopped")
         self._stopped = True
         self._running_bytes = self._writer.offset if self._writer else 0
         self._guest.stop()
+
+    def _switch_over(self) -> None:
+        self._stop_guest()
         if Capability.PAUSE_BEFORE_SWITCHOVER in self.capabilities:
             self._move(Input.PAUSE)
             self._go_on.wait()

@@ -10,7 +10,7 @@ from mig.errors import OptionError
 from mig.options.capability import CAPABILITIES, REMOVED_CAPABILITIES, Capability
 from mig.options.parameters import Parameters
 from mig.options.rules import broken_rules
-from mig.options.support import SUPPORTED_PARAMETERS
+from mig.options.support import SUPPORTED_PARAMETERS, UNSUPPORTED_VALUES
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,4 +115,8 @@ def _missing_parameters(parameters: Parameters) -> list[str]:
         f"mig does not do {spec.name} yet (parameter '{spec.name}')"
         for spec, default, value in Parameters().differences(parameters)
         if spec.name not in SUPPORTED_PARAMETERS
+    ] + [
+        f"mig does not do {value} yet (parameter '{spec.name}')"
+        for spec, default, value in Parameters().differences(parameters)
+        if value in UNSUPPORTED_VALUES.get(spec.name, ())
     ]

@@ -9,6 +9,7 @@ from mig.options.support import (
     INCOMING_CAPABILITIES,
     OUTGOING_CAPABILITIES,
     SUPPORTED_PARAMETERS,
+    UNSUPPORTED_VALUES,
 )
 
 _HEAD = """# Options of a migration
@@ -70,8 +71,15 @@ def _parameter(spec: ParameterSpec) -> list[str]:
         spec.kind.range,
         "yes" if spec.in_flight else "no",
         spec.since or "mig's own",
-        "yes" if spec.name in SUPPORTED_PARAMETERS else "not yet",
+        _support(spec.name),
     ]
+
+
+def _support(name: str) -> str:
+    if name not in SUPPORTED_PARAMETERS:
+        return "not yet"
+    lacking = sorted(UNSUPPORTED_VALUES.get(name, ()))
+    return f"yes, but for {', '.join(lacking)}" if lacking else "yes"
 
 
 def _removed() -> list[str]:

@@ -28,7 +28,11 @@ SUPPORTED_PARAMETERS: Final = frozenset(
         "idle-timeout",
         "max-bandwidth",
         "max-cpu-throttle",
+        "mode",
         "throttle-trigger-threshold",
         "zero-page-detection",
     }
 )
+
+#: values of supported parameters that mig does not do, by QMP names
+UNSUPPORTED_VALUES: Final = {"mode": frozenset({"cpr-transfer"})}

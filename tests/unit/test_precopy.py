@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import time
 
 import numpy as np
@@ -313,3 +315,57 @@ def test_zero_pages_are_looked_for_as_the_parameter_says(made, detection, found)
     assert incoming.wait(FOREVER)
     assert target.same_as(source)
     assert outgoing.query().ram.duplicate == found
+
+
+# ---- other endings ---------------------------------------------------------------------------
+
+
+def test_a_block_that_is_resized_cancels_the_migration(made):
+    source = Box(52)
+    outgoing, incoming = started(made, source, Box(), capabilities={"pause-before-switchover"})
+    await_status(outgoing, Status.PRE_SWITCHOVER)
+    outgoing.block_resized("pc.ram")
+    outgoing.cancel("said later")
+    with pytest.raises(CancelledError, match=r"^RAM block 'pc.ram' resized during precopy\.$"):
+        outgoing.wait(FOREVER)
+    assert source.calls == ["stop", "resume"]
+    ended(incoming)
+
+
+def test_before_a_reboot_the_guest_is_stopped_first(made):
+    log = Restless(20)
+    source, target, events = Box(53, dirty=log), Box(), []
+
+    def watch(event) -> None:
+        events.append((event, list(source.calls)))
+        log.quiet = True
+
+    outgoing, incoming = started(
+        made, source, target, parameters={"mode": "cpr-reboot"}, on_event=watch
+    )
+    assert outgoing.wait(FOREVER)
+    assert incoming.wait(FOREVER)
+    assert target.same_as(source)
+    assert source.calls == ["stop"]
+    assert (PassStarted(1), ["stop"]) in events
+    info = outgoing.query()
+    assert info.downtime == pytest.approx(info.total_time, abs=0.2)
+
+
+EXITS = """
+import sys, mig
+memory = mig.GuestMemory()
+memory.add("pc.ram", 4096)
+incoming = mig.IncomingMigration(mig.MemoryGuest("box", memory), exit_on_error=True)
+incoming.listen("exec:printf nonsense")
+incoming.wait()
+"""
+
+
+def test_a_destination_may_end_its_process_when_it_fails():
+    done = subprocess.run(
+        [sys.executable, "-c", EXITS], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith("mig: ")
+    assert "Traceback" not in done.stderr
