@@ -89,6 +89,11 @@ class OutgoingMigration(Migration):
         if Capability.RETURN_PATH in self.capabilities and not able:
             raise OptionError(f"capability 'return-path' is not possible over {uri}")
         self._require_status(Status.NONE, Input.START)
+        configuration = self._guest.configuration
+        if Capability.VALIDATE_UUID in self.capabilities and not (
+            configuration and configuration.uuid
+        ):
+            raise OptionError("capability 'validate-uuid' needs a guest that has a UUID")
         self._uri = uri
         self._blockers.begin()
         try:
@@ -170,8 +175,11 @@ class OutgoingMigration(Migration):
 
     def _send_setup(self, channel: Channel, writer: StreamWriter, saver: RamSaver) -> None:
         writer.put(FileHeader().encode())
-        if self._guest.configuration is not None:
-            writer.put(self._guest.configuration.encode())
+        configuration = self._guest.configuration
+        if configuration is not None:
+            if Capability.VALIDATE_UUID not in self.capabilities:
+                configuration = replace(configuration, uuid=None)
+            writer.put(configuration.encode())
         if Capability.RETURN_PATH in self.capabilities:
             self._return_path = ReturnPath(channel, self._peer_failed)
             self._return_path.start()

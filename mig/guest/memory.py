@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from uuid import UUID
 
 from mig import _core
 from mig.dirty import DirtyLog
@@ -23,6 +24,7 @@ class MemoryGuest:
     machine:   name of the machine type; the destination must have the same
     memory:    its RAM
     devices:   everything else that it is
+    uuid:      which machine it is; the destination refuses another (capability validate-uuid)
     dirty:     log of writes, None when nothing writes memory while it is sent
     on_stop, on_resume: stop the vCPUs, let them run again
     on_throttle: make them stand still for so many percent of their time
@@ -37,6 +39,7 @@ class MemoryGuest:
         memory: GuestMemory,
         devices: DeviceRegistry | None = None,
         *,
+        uuid: UUID | None = None,
         dirty: DirtyLog | None = None,
         on_stop: Callable[[], None] = lambda: None,
         on_resume: Callable[[], None] = lambda: None,
@@ -46,7 +49,7 @@ class MemoryGuest:
         self.devices = devices or DeviceRegistry()
         bits = memory.page_size.bit_length() - 1
         self.configuration: Configuration | None = Configuration(
-            machine, page_bits=None if bits == DEFAULT_PAGE_BITS else bits
+            machine, page_bits=None if bits == DEFAULT_PAGE_BITS else bits, uuid=uuid
         )
         self.configuration.encode()  # ValueError for a name that cannot be sent
         self.ram_section_id = _RAM_SECTION
@@ -58,6 +61,7 @@ class MemoryGuest:
         self.discarded: dict[str, Sequence[tuple[int, int]]] = {}
         self._dirty = dirty
         self._machine = machine
+        self._uuid = uuid
         self._loading: list[tuple[_core.Pages, _core.Bitmap, bool]] = []
 
     # ---- source -----------------------------------------------------------------------------
@@ -102,7 +106,7 @@ class MemoryGuest:
     # ---- destination ------------------------------------------------------------------------
 
     def configure(self, configuration: Configuration | None) -> None:
-        """MismatchError unless the machine type is this guest's."""
+        """MismatchError unless machine type, and UUID if both have one, are this guest's."""
         if configuration is None:
             raise MismatchError("the stream does not name its machine type")
         if configuration.machine != self._machine:
@@ -110,6 +114,9 @@ class MemoryGuest:
                 f"the stream is of machine type '{configuration.machine}', "
                 f"this guest is '{self._machine}'"
             )
+        theirs, mine = configuration.uuid, self._uuid
+        if theirs is not None and mine is not None and theirs != mine:
+            raise MismatchError(f"UUID received is {theirs} and local is {mine}")
 
     def open_blocks(self, blocks: Sequence[BlockInfo], page_size: int) -> None:
         """MismatchError unless the blocks are this guest's, of the same page size and lengths."""

@@ -12,9 +12,12 @@ OUTGOING_CAPABILITIES: Final = frozenset(
         Capability.PAUSE_BEFORE_SWITCHOVER,
         Capability.RETURN_PATH,
         Capability.SWITCHOVER_ACK,
+        Capability.VALIDATE_UUID,
     }
 )
-INCOMING_CAPABILITIES: Final = frozenset({Capability.RETURN_PATH, Capability.SWITCHOVER_ACK})
+INCOMING_CAPABILITIES: Final = frozenset(
+    {Capability.RETURN_PATH, Capability.SWITCHOVER_ACK, Capability.VALIDATE_UUID}
+)
 
 #: QMP names of the parameters that may differ from their defaults
 SUPPORTED_PARAMETERS: Final = frozenset(

@@ -40,7 +40,9 @@ def error_of(migration) -> MigError:
 class Box:
     """A guest with two blocks and a device, which notes what happens to it."""
 
-    def __init__(self, seed: int | None = None, *, machine: str = "box", dirty=None) -> None:
+    def __init__(
+        self, seed: int | None = None, *, machine: str = "box", dirty=None, uuid=None
+    ) -> None:
         self.calls: list[str] = []
         self.memory = GuestMemory()
         self.memory.add("pc.ram", NPAGES * PAGE)
@@ -59,6 +61,7 @@ class Box:
             self.memory,
             devices,
             dirty=dirty,
+            uuid=uuid,
             on_stop=lambda: self.calls.append("stop"),
             on_resume=lambda: self.calls.append("resume"),
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
+from uuid import UUID
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from unit.boxes import FOREVER, NPAGES, PAGE, Box, ended, error_of
 from mig import Status
 from mig.dirty import SharedDirtyLog
 from mig.engine.convergence import Period
-from mig.errors import CancelledError, PeerError, StateError
+from mig.errors import CancelledError, MismatchError, OptionError, PeerError, StateError
 from mig.events import PassStarted, StatusChanged
 
 
@@ -369,3 +370,35 @@ def test_a_destination_may_end_its_process_when_it_fails():
     assert done.returncode == 1
     assert done.stderr.startswith("mig: ")
     assert "Traceback" not in done.stderr
+
+
+ONE, OTHER = UUID(int=1), UUID(int=2)
+
+
+@pytest.mark.parametrize("capabilities", [(), ("return-path",)])
+def test_a_machine_of_another_uuid_is_refused(made, capabilities):
+    source, target = Box(54, uuid=ONE), Box(uuid=OTHER)
+    outgoing, incoming = started(
+        made, source, target, capabilities={"validate-uuid", *capabilities}
+    )
+    with pytest.raises(MismatchError, match=f"UUID received is {ONE} and local is {OTHER}"):
+        incoming.wait(FOREVER)
+    ended(outgoing)
+    assert outgoing.status == Status.FAILED or not capabilities
+
+
+@pytest.mark.parametrize("mine", [ONE, None])
+@pytest.mark.parametrize("capability", [True, False])
+def test_a_uuid_is_sent_where_it_is_to_be_validated(made, mine, capability):
+    source, target = Box(55, uuid=ONE), Box(uuid=mine if capability else OTHER)
+    outgoing, incoming = started(made, source, target, capabilities={"validate-uuid": capability})
+    assert outgoing.wait(FOREVER)
+    assert incoming.wait(FOREVER)
+    assert target.same_as(source)
+
+
+def test_without_a_uuid_there_is_none_to_validate(made):
+    outgoing = made.outgoing(Box(56).guest, capabilities={"validate-uuid"})
+    with pytest.raises(OptionError, match="needs a guest that has a UUID"):
+        outgoing.start("tcp:127.0.0.1:1")
+    assert outgoing.status == Status.NONE
