@@ -32,8 +32,10 @@ class _Destination:
     """The process at the other end."""
 
     def __init__(self, uri: str, options: Options) -> None:
+        # -P: the package that this is, not one in the folder where somebody happens to stand
+        command = [sys.executable, "-P", "-m", "mig.demo.destination", uri, options.to_json()]
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "mig.demo.destination", uri, options.to_json()],
+            command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

@@ -190,9 +190,9 @@ def test_a_destination_that_is_killed(guest, tmp_path):
     for number in range(4):
         uri = f"unix:{tmp_path}/{number}"
         with subprocess.Popen(
-            [sys.executable, "-c", DESTINATION, uri, str(NBYTES)], stdout=subprocess.PIPE
+            [sys.executable, "-P", "-c", DESTINATION, uri, str(NBYTES)], stdout=subprocess.PIPE
         ) as process:
-            process.stdout.readline()
+            assert process.stdout.readline() == b"\n"
             outgoing = outgoing_to(uri, guest, rng)
             time.sleep(rng.uniform(0, 0.1))
             process.kill()

@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[2]
 
 def run(*command: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, *command], capture_output=True, text=True, timeout=100, check=False
+        [sys.executable, "-P", *command], capture_output=True, text=True, timeout=100, check=False
     )
 
 

@@ -365,7 +365,7 @@ incoming.wait()
 
 def test_a_destination_may_end_its_process_when_it_fails():
     done = subprocess.run(
-        [sys.executable, "-c", EXITS], capture_output=True, text=True, timeout=60, check=False
+        [sys.executable, "-P", "-c", EXITS], capture_output=True, text=True, timeout=60, check=False
     )
     assert done.returncode == 1
     assert done.stderr.startswith("mig: ")

@@ -589,7 +589,7 @@ def test_a_process_without_privileges_tracks_by_pagemap_scan():
     # the package may lie where only root can read: it is imported before
     folder = str(Path(mig.__file__).parent.parent)
     run = subprocess.run(
-        [sys.executable, "-c", UNPRIVILEGED],
+        [sys.executable, "-P", "-c", UNPRIVILEGED],
         capture_output=True,
         text=True,
         env={**os.environ, "PYTHONPATH": folder},
