@@ -102,6 +102,7 @@ def kvm_boot_pages(uint64_t npages):
 
 
 @cython.final
+@cython.no_gc  # so that blocks is whole in __dealloc__
 cdef class KvmVm:
     """A virtual machine of /dev/kvm whose vCPUs run mig's program (csrc/kvm_program.c).
 
@@ -166,9 +167,8 @@ cdef class KvmVm:
         return 0
 
     def __dealloc__(self):
-        if self.vm != NULL:
-            with nogil:
-                mig_kvm_close(self.vm)
+        if self.blocks is not None:
+            self.close()
 
     def close(self):
         """End the vCPUs and let go of the memory."""

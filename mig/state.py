@@ -92,6 +92,10 @@ class Machine:
         self._table = table
         self.status = Status.NONE
 
+    def reset(self) -> None:
+        """Be as at the beginning: what was to begin did not."""
+        self.status = Status.NONE
+
     def feed(self, input_: Input) -> Status:
         """Move by ``input_`` and return the new status; StateError when it is not listed."""
         try:

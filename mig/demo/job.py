@@ -40,7 +40,12 @@ class _Destination:
             stdout=subprocess.PIPE,
             text=True,
         )
-        self.uri = str(self.hear("uri"))
+        try:
+            self.uri = str(self.hear("uri"))
+        except BaseException:
+            self.kill()
+            self.close()
+            raise
 
     def hear(self, name: str | None = None) -> Any:
         """Return what it says next, or one field of it; MigError when that is an error."""
@@ -119,9 +124,13 @@ class Demo:
     ) -> None:
         self._options = options
         self._show = make_show(options)
-        self._outgoing = OutgoingMigration(
-            self._show.guest, capabilities=capabilities, parameters=parameters
-        )
+        try:
+            self._outgoing = OutgoingMigration(
+                self._show.guest, capabilities=capabilities, parameters=parameters
+            )
+        except BaseException:
+            self._show.close()
+            raise
         self._on_start = on_start
         self._on_look = on_look
 
@@ -154,8 +163,14 @@ class Demo:
     def _migrate(self, uri: str) -> None:
         with self._on_start(self._outgoing):
             self._outgoing.start(uri)
-            while not self._outgoing.wait(LOOK):
-                self._on_look(self._outgoing.query())
+            try:
+                while not self._outgoing.wait(LOOK):
+                    self._on_look(self._outgoing.query())
+            except BaseException:
+                self._outgoing.cancel()
+                with contextlib.suppress(MigError):
+                    self._outgoing.wait()
+                raise
 
 
 def _check(report: DemoReport) -> None:

@@ -34,10 +34,17 @@ class ConvergencePolicy(Protocol):
         """Seconds that the guest would stand still if it were stopped now, None when not known."""
 
     def measured(self, nbytes: int, seconds: float, remaining: int) -> None:
-        """``nbytes`` of stream were sent in ``seconds``, and ``remaining`` bytes are dirty."""
+        """``nbytes`` of stream were sent in ``seconds``.
+
+        remaining: bytes that the last sync left dirty; 0 while the guest is not known to write
+        """
 
     def throttle(self, period: Period) -> int | None:
         """Percent of its time that the guest is to stand still from now on, None: no change."""
+
+
+#: bytes that must be sent for a measurement to say something about the downtime
+_ENOUGH = 10_000
 
 
 class Convergence:
@@ -73,13 +80,13 @@ class Convergence:
         """Take the bandwidth from what was sent."""
         if seconds > 0:
             self.bandwidth = nbytes / seconds
-        if self._switchover_bandwidth:
+        if remaining and nbytes > _ENOUGH:
             self.expected_downtime = remaining / self._switchover_bandwidth
 
     def throttle(self, period: Period) -> int | None:
         """Slow the guest down at every second period in which it dirties too much."""
         parameters = self._parameters()
-        allowed = period.sent * parameters.throttle_trigger_threshold / 100
+        allowed = period.sent * parameters.throttle_trigger_threshold // 100
         if period.dirty <= allowed:
             return None
         self._high += 1
@@ -91,8 +98,8 @@ class Convergence:
         elif parameters.cpu_throttle_tailslow:
             # no more than would bring the rate down to what is allowed
             running = 100 - self._throttle
-            ideal = running * allowed / period.dirty
-            step = min(int(running - ideal), parameters.cpu_throttle_increment)
+            ideal = int(running * allowed / period.dirty)
+            step = min(running - ideal, parameters.cpu_throttle_increment)
         else:
             step = parameters.cpu_throttle_increment
         self._throttle = min(self._throttle + step, parameters.max_cpu_throttle)

@@ -79,7 +79,11 @@ class IncomingMigration(Migration):
         self._require_status(Status.NONE, Input.START)
         self._listener = Listener(uri)
         self.uri = self._listener.uri
-        self._launch()
+        try:
+            self._launch()
+        except BaseException:
+            self._listener.close()
+            raise
 
     # ---- phases -----------------------------------------------------------------------------
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import threading
@@ -144,13 +145,17 @@ class Migration(ABC):
     # ---- for the subclasses -----------------------------------------------------------------
 
     def _launch(self) -> None:
-        with self._lock:
-            self._machine.feed(Input.START)
+        with self._lock, contextlib.ExitStack() as undo:
             self._cancel = Cancel()
+            undo.callback(self._cancel.close)
             self._wake = Wake()
-        self._mark("start")
-        self._thread = threading.Thread(target=self._main, name=self.thread_name, daemon=True)
-        self._thread.start()
+            undo.callback(self._wake.close)
+            self._machine.feed(Input.START)
+            undo.callback(self._machine.reset)
+            self._mark("start")
+            self._thread = threading.Thread(target=self._main, name=self.thread_name, daemon=True)
+            self._thread.start()
+            undo.pop_all()
 
     def _main(self) -> None:
         outcome = Input.FINISH

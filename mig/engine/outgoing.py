@@ -29,6 +29,9 @@ from mig.stats import MigrationInfo, RamStats
 from mig.stream.writer import StreamWriter
 from mig.wire import PING_SETUP, CommandType
 
+#: seconds in which a destination that has everything may still confirm when it is cancelled
+_LAST_CALL = 2.0
+
 
 class OutgoingMigration(Migration):
     """Sends a guest; matches the source side of QEMU's precopy.
@@ -77,6 +80,9 @@ class OutgoingMigration(Migration):
         self._precopy: Precopy | None = None
         self._go_on = threading.Event()
         self._stopped = False
+        self._was_running = True
+        self._all_said = False
+        self._last_call: threading.Timer | None = None
         self._running_bytes: int | None = None
 
     def start(self, uri: str) -> None:
@@ -216,6 +222,7 @@ class OutgoingMigration(Migration):
         self._mark("stopped")
         self._stopped = True
         self._running_bytes = self._writer.offset if self._writer else 0
+        self._was_running = self._guest.running
         self._guest.stop()
 
     def _switch_over(self) -> None:
@@ -223,6 +230,9 @@ class OutgoingMigration(Migration):
         if Capability.PAUSE_BEFORE_SWITCHOVER in self.capabilities:
             self._move(Input.PAUSE)
             self._go_on.wait()
+            if self._error is not None:
+                # the destination failed meanwhile: nobody has said that it may go on
+                raise self._error
         self._move(Input.SWITCHOVER)
 
     def _complete(self, writer: StreamWriter, saver: RamSaver, precopy: Precopy) -> None:
@@ -231,10 +241,18 @@ class OutgoingMigration(Migration):
         if self._guest.switchover_start:
             writer.put(Command(CommandType.SWITCHOVER_START).encode())
         saver.end()
+        devices = self._guest.save_devices()
         if self._return_path is not None:
             self._return_path.may_confirm = True
-        writer.put(self._guest.save_devices())
-        writer.flush()
+        with self._lock:
+            self._all_said = True
+        writer.put(devices)
+        try:
+            writer.flush()
+        except ChannelError:
+            # who has all he needs may close before he has read the last bytes
+            if self._return_path is None or not self._return_path.has_confirmed(1.0):
+                raise
 
     def _confirm(self, channel: Channel) -> None:
         if self._return_path is None:
@@ -246,34 +264,30 @@ class OutgoingMigration(Migration):
     # ---- ends -------------------------------------------------------------------------------
 
     def _cleanup(self, *, failed: bool) -> None:
-        try:
-            self._notify(Moment.CLEANUP)
-        finally:
-            try:
-                self._release(failed=failed)
-            finally:
-                self._blockers.end()
+        """Let go of everything, the last first, whatever of it fails."""
+        with contextlib.ExitStack() as stack:
+            stack.callback(self._blockers.end)
+            for notifier in self._notifiers:
+                stack.callback(notifier, Moment.CLEANUP)
+            if failed and self._stopped and self._was_running:
+                stack.callback(self._guest.resume)
+            if self._precopy is not None and self._precopy.throttle:
+                stack.callback(self._guest.throttle, 0)
+            if self._log is not None:
+                stack.callback(self._log.stop)
+            for block in self._pinned:
+                stack.callback(block.pages.unpin)
+            stack.callback(self._close_channel)
+            if failed and self._return_path is not None:
+                stack.callback(self._prefer_peer_error, self._return_path)
 
     def _notify(self, moment: Moment) -> None:
         for notifier in self._notifiers:
             notifier(moment)
 
-    def _release(self, *, failed: bool) -> None:
-        try:
-            if failed and self._return_path is not None:
-                self._prefer_peer_error(self._return_path)
-            self._close_channel()
-            for block in self._pinned:
-                block.pages.unpin()
-            if self._log is not None:
-                self._log.stop()
-            if self._precopy is not None and self._precopy.throttle:
-                self._guest.throttle(0)
-        finally:
-            if failed and self._stopped:
-                self._guest.resume()
-
     def _close_channel(self) -> None:
+        if self._last_call is not None:
+            self._last_call.cancel()
         if self._channel is not None:
             self._channel.cancel()
         if self._return_path is not None:
@@ -305,6 +319,16 @@ class OutgoingMigration(Migration):
         with self._lock:
             self._cancel.set()
             self._go_on.set()
+            if not self._all_said or self._error is not None:
+                self._cut_off()
+            elif self._last_call is None:
+                # the destination may own the guest already: hear what it says
+                self._last_call = threading.Timer(_LAST_CALL, self._cut_off)
+                self._last_call.daemon = True
+                self._last_call.start()
+
+    def _cut_off(self) -> None:
+        with self._lock:
             if self._channel is not None:
                 self._channel.cancel()
 

@@ -55,6 +55,7 @@ class Precopy:
         self._on_pass = on_pass
         self._sleep = sleep
         self._page_size = search.blocks[0].pages.page_size if search.blocks else 1
+        self._dirty_at_sync = search.remaining
         self._hints: list[tuple[str, int, int]] = []
         self._hints_lock = threading.Lock()
         now = time.monotonic()
@@ -92,6 +93,7 @@ class Precopy:
         with self._hints_lock:
             self._apply_hints()
             fresh = self._search.sync()
+        self._dirty_at_sync = self._search.remaining
         self._notify(Moment.AFTER_BITMAP_SYNC)
         self._begin_pass()
         period = self._dirty_rate.synced(fresh, time.monotonic(), self._writer.offset)
@@ -99,16 +101,22 @@ class Precopy:
             return
         percent = self._policy.throttle(period)
         if percent is not None and percent != self.throttle:
-            self._throttle_guest(percent)
             self.throttle = percent
+            self._throttle_guest(percent)
 
     def hint_free(self, idstr: str, first: int, npages: int) -> None:
         """Note that nobody needs what these pages hold now. Any thread.
 
-        What is written to them from now on is sent, as all that is written.
+        What is written to them from now on is sent, as all that is written. ValueError: no such
+        pages.
         """
-        with self._hints_lock:
-            self._hints.append((idstr, first, npages))
+        lengths = {block.idstr: block.pages.npages for block in self._search.blocks}
+        if first < 0 or npages < 0 or first + npages > lengths.get(idstr, -1):
+            raise ValueError(f"there are no pages {first} to {first + npages} of block '{idstr}'")
+        # with manual clear a write before the chunk is cleared would be in nobody's log
+        if not self._search.clears_chunks:
+            with self._hints_lock:
+                self._hints.append((idstr, first, npages))
 
     def _apply_hints(self) -> None:
         for hint in self._hints:
@@ -157,9 +165,12 @@ class Precopy:
         now, sent = time.monotonic(), self._writer.offset
         seconds = now - began
         enough = seconds >= WINDOW or (nothing_left and not self.bandwidth and seconds > 0)
-        if not enough or sent == offset:
+        if not enough:
             return
         self._window = (now, sent, self._saver.npages)
+        if sent == offset:
+            return  # waiting is no measurement
         self.bandwidth = (sent - offset) / seconds
         self.pages_per_second = (self._saver.npages - npages) / seconds
-        self._policy.measured(sent - offset, seconds, self._search.remaining)
+        remaining = self._dirty_at_sync if self.dirty_pages_per_second else 0
+        self._policy.measured(sent - offset, seconds, remaining)

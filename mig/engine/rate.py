@@ -32,9 +32,10 @@ class RateLimit:
 
     def room(self) -> int | None:
         """Bytes that may be sent before the next wait, at least 1; None: any number."""
-        budget = int(self._bandwidth() * self.SLICE)
-        if not budget:
+        bandwidth = self._bandwidth()
+        if not bandwidth:
             return None
+        budget = int(bandwidth * self.SLICE)
         used = self._used if self._clock() < self._slice_end else 0
         return max(1, budget - used)
 

@@ -38,11 +38,12 @@ class ReturnPath:
     def _run(self) -> None:
         try:
             self._read()
-        except MigError as error:
-            self.error = error
+        except BaseException as error:
+            self.error = error if isinstance(error, MigError) else MigError(repr(error))
             self._ended.set()
-            self._on_failure(error)
-        self._ended.set()
+            self._on_failure(self.error)
+        finally:
+            self._ended.set()
 
     def _read(self) -> None:
         reader = StreamReader(self._channel, buffer_size=4096)
@@ -73,6 +74,10 @@ class ReturnPath:
             raise PeerError(f"the destination did not confirm within {timeout} s")
         if self.error is not None:
             raise self.error
+
+    def has_confirmed(self, timeout: float) -> bool:
+        """Wait a little, and say whether the destination has confirmed."""
+        return self._ended.wait(timeout) and self.error is None
 
     def join(self) -> None:
         """Wait for the thread to end; the channel is cancelled or SHUT has come."""

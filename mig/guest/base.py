@@ -25,6 +25,10 @@ class SourceGuest(Protocol):
     footers: bool
     switchover_start: bool
 
+    @property
+    def running(self) -> bool:
+        """Whether the vCPUs run: a guest that fails to migrate goes on as it was."""
+
     def source_blocks(self) -> Sequence[SourceBlock]:
         """Return the RAM blocks, every page that must be sent marked dirty."""
 

@@ -11,10 +11,11 @@ import numpy as np
 
 from mig import _core
 from mig.dirty.kvm import CHUNK_PAGES, KvmDirtyLog, KvmDirtyRing, choose_log
-from mig.errors import KvmError, KvmUnavailableError, MismatchError
+from mig.errors import KvmError, KvmUnavailableError, MigError, MismatchError
 from mig.guest.kvmstate import IDSTR, PARTS, VERSION, decode_state, encode_state
 from mig.guest.memory import MemoryGuest
 from mig.memory import GuestMemory
+from mig.records import Configuration
 from mig.savevm.devices import DeviceState
 
 MACHINE = "mig-kvm"
@@ -143,6 +144,7 @@ class KvmGuest(MemoryGuest):
         except BaseException:
             vm.close()
             raise
+        self._running = False
         #: identities of the vCPUs
         self.vcpus: Sequence[int] = range(vcpus)
         for index in self.vcpus:
@@ -260,6 +262,12 @@ class KvmGuest(MemoryGuest):
         return bad
 
     # ---- devices ------------------------------------------------------------------------------
+
+    def configure(self, configuration: Configuration | None) -> None:
+        """MismatchError unless the stream is of such a guest; MigError while this one runs."""
+        if self._running:
+            raise MigError("this guest runs: its memory cannot be loaded")
+        super().configure(configuration)
 
     def load_devices(self, state: DeviceState) -> None:
         """Give the sections to the devices; MismatchError unless every vCPU has one."""

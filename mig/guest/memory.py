@@ -61,6 +61,7 @@ class MemoryGuest:
         self.discarded: dict[str, Sequence[tuple[int, int]]] = {}
         self._dirty = dirty
         self._machine = machine
+        self._running = True
         self._uuid = uuid
         self._loading: list[tuple[_core.Pages, _core.Bitmap, bool]] = []
 
@@ -78,7 +79,7 @@ class MemoryGuest:
                     block.pages,
                     detect_zero=True,
                     dirty=dirty,
-                    discarded=self.discarded.get(block.idstr, ()),
+                    discarded=tuple(self.discarded.get(block.idstr, ())),
                 )
             )
         return blocks
@@ -87,6 +88,11 @@ class MemoryGuest:
         """Return the log the guest was made with."""
         return self._dirty
 
+    @property
+    def running(self) -> bool:
+        """Whether it runs: after resume() and before stop(), and at first until it is loaded."""
+        return self._running
+
     def throttle(self, percent: int) -> None:
         """Have the vCPUs stand still for ``percent`` of their time, as the guest was made to."""
         self._on_throttle(percent)
@@ -94,10 +100,12 @@ class MemoryGuest:
     def stop(self) -> None:
         """Have the owner stop the vCPUs."""
         self._on_stop()
+        self._running = False
 
     def resume(self) -> None:
         """Have the owner let them run."""
         self._on_resume()
+        self._running = True
 
     def save_devices(self) -> bytes:
         """Return the registered devices' sections, EOF and description."""

@@ -231,11 +231,6 @@ class ProcessGuest(MemoryGuest):
     # ---- running ----------------------------------------------------------------------------
 
     @property
-    def running(self) -> bool:
-        """Whether its workers are let run."""
-        return self._running
-
-    @property
     def rate(self) -> int:
         """Bytes of dirtied memory per second of running; may be set at any time."""
         return self._load.rate

@@ -194,6 +194,11 @@ class StreamImage:
         """Return None: a file does not change."""
         return None
 
+    @property
+    def running(self) -> bool:
+        """Nothing runs."""
+        return False
+
     def throttle(self, percent: int) -> None:
         """Nothing runs."""
 

@@ -82,6 +82,11 @@ class PageSearch:
         """Whether pages can get dirty again."""
         return self._log is not None
 
+    @property
+    def clears_chunks(self) -> bool:
+        """Whether the log only logs writes again when it is told to."""
+        return bool(self._uncleared)
+
     def rewind(self) -> None:
         """Go on with the first page of the first block."""
         self._block = 0

@@ -98,8 +98,12 @@ def test_a_notifier_that_fails_in_the_end_does_not_undo_it(made):
         if now == Moment.CLEANUP:
             raise MigError("too late")
 
-    outgoing, incoming = started(made, source, target, notifiers=[boom])
+    seen = []
+    outgoing, incoming = started(
+        made, source, target, notifiers=[boom, seen.append, boom, seen.append]
+    )
     assert outgoing.wait(FOREVER)
+    assert seen.count(Moment.CLEANUP) == 2
     assert incoming.wait(FOREVER)
     assert outgoing.status == Status.COMPLETED
     assert target.same_as(source)

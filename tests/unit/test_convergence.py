@@ -19,9 +19,9 @@ def convergence(*, auto_converge: bool = False, **parameters: object) -> Converg
 
 def test_what_can_be_sent_within_the_downtime_is_few_enough():
     policy = convergence(downtime_limit=500)
-    policy.measured(2000, 2.0, 300)
-    assert policy.bandwidth == 1000
-    assert policy.threshold == 500
+    policy.measured(200_000, 2.0, 30_000)
+    assert policy.bandwidth == 100_000
+    assert policy.threshold == 50_000
     assert policy.expected_downtime == pytest.approx(0.3)
 
 
@@ -43,9 +43,16 @@ def test_the_bandwidth_is_the_last_one():
 def test_a_bandwidth_that_is_given_is_counted_on():
     policy = convergence(downtime_limit=100, avail_switchover_bandwidth=10_000)
     assert policy.threshold == 1000
-    policy.measured(50, 1.0, 5000)
+    policy.measured(20_000, 1.0, 5000)
     assert policy.threshold == 1000
     assert policy.expected_downtime == pytest.approx(0.5)
+
+
+def test_little_says_nothing_about_the_downtime():
+    policy = convergence()
+    policy.measured(10_000, 1.0, 5000)
+    policy.measured(1_000_000, 1.0, 0)
+    assert policy.expected_downtime is None
 
 
 def test_a_limit_can_change_meanwhile():
@@ -105,10 +112,13 @@ def test_the_tail_can_be_slow():
     slightly = Period(1.0, dirty=550, sent=1000)
     twice = Period(1.0, dirty=1000, sent=1000)
     assert [policy.throttle(p) for p in (slightly, slightly)] == [None, 50]
-    # it runs half of its time, and 500/550 of that would do
-    assert [policy.throttle(p) for p in (slightly, slightly)] == [None, 54]
-    # half of the 46 % would do, but no step is larger than the increment
-    assert [policy.throttle(p) for p in (twice, twice)] == [None, 74]
+    # it runs half of its time, and 500/550 of that would do: 45 of 100
+    assert [policy.throttle(p) for p in (slightly, slightly)] == [None, 55]
+    # half of the 45 % would do, but no step is larger than the increment
+    assert [policy.throttle(p) for p in (twice, twice)] == [None, 75]
+    # the smallest step is one, so that it goes on
+    barely = Period(1.0, dirty=501, sent=1000)
+    assert [policy.throttle(p) for p in (barely, barely)] == [None, 76]
 
 
 # ---- periods ---------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import subprocess
 import sys
 import time
@@ -14,8 +15,9 @@ from unit.boxes import FOREVER, NPAGES, PAGE, Box, ended, error_of
 from mig import Status
 from mig.dirty import SharedDirtyLog
 from mig.engine.convergence import Period
-from mig.errors import CancelledError, MismatchError, OptionError, PeerError, StateError
+from mig.errors import CancelledError, MigError, MismatchError, OptionError, PeerError, StateError
 from mig.events import PassStarted, StatusChanged
+from mig.wire import ReturnType
 
 
 class Restless:
@@ -402,3 +404,134 @@ def test_without_a_uuid_there_is_none_to_validate(made):
     with pytest.raises(OptionError, match="needs a guest that has a UUID"):
         outgoing.start("tcp:127.0.0.1:1")
     assert outgoing.status == Status.NONE
+
+
+# ---- whose guest it is -----------------------------------------------------------------------
+
+
+def test_a_cancel_after_the_destination_has_confirmed_comes_too_late(made):
+    """Never both: the destination has confirmed, so the source must not run again."""
+    for number in range(20):
+        source, target = Box(70 + number), Box()
+        incoming = made.incoming(target.guest)
+        incoming.listen("tcp:127.0.0.1:0")
+        outgoing = made.outgoing(source.guest, capabilities={"return-path"})
+        say = incoming._say
+
+        def confirm(message, say=say, outgoing=outgoing) -> None:
+            say(message)
+            if message.type == ReturnType.SHUT:
+                outgoing.cancel()
+
+        incoming._say = confirm
+        outgoing.start(incoming.uri)
+        assert outgoing.wait(FOREVER)
+        assert incoming.wait(FOREVER)
+        assert source.calls == ["stop"]
+
+
+def test_a_guest_that_did_not_run_is_not_let_run(made):
+    source = Box(90)
+    source.guest.stop()
+    outgoing, incoming = started(made, source, Box(), capabilities={"pause-before-switchover"})
+    await_status(outgoing, Status.PRE_SWITCHOVER)
+    outgoing.cancel()
+    ended(outgoing)
+    ended(incoming)
+    assert source.calls == ["stop", "stop"]
+    assert not source.guest.running
+
+
+def test_a_throttle_is_undone_whatever_else_fails(made, monkeypatch):
+    monkeypatch.setattr("mig.engine.convergence.DirtyRate.PERIOD", 0.02)
+    log, throttled = Restless(), []
+    source = Box(91, dirty=log)
+
+    def stop() -> None:
+        raise MigError("the log cannot be stopped")
+
+    log.stop = stop
+    source.guest.throttle = throttled.append
+    outgoing, incoming = started(made, source, Box(), policy=Told(log, *range(1, 99)))
+    end = time.monotonic() + FOREVER
+    while not throttled:
+        assert time.monotonic() < end
+        time.sleep(0.001)
+    outgoing.cancel()
+    ended(outgoing)
+    ended(incoming)
+    assert throttled[-1] == 0
+    # nothing is in use any more
+    source.memory.close()
+
+
+def test_a_destination_that_fails_is_no_leave_to_go_on(made):
+    source = Box(92)
+    saved = []
+    save = source.guest.save_devices
+    source.guest.save_devices = lambda: saved.append(1) or save()
+    outgoing, incoming = started(
+        made, source, Box(), capabilities={"pause-before-switchover", "return-path"}
+    )
+    await_status(outgoing, Status.PRE_SWITCHOVER)
+    incoming.cancel()
+    assert isinstance(error_of(outgoing), PeerError)
+    assert not saved
+
+
+def test_hints_are_about_pages_that_there_are(made):
+    source = Box(93)
+    outgoing, incoming = started(made, source, Box(), capabilities={"pause-before-switchover"})
+    await_status(outgoing, Status.PRE_SWITCHOVER)
+    for hint in (("pc.ram", NPAGES, 1), ("pc.ram", -1, 1), ("none", 0, 1)):
+        with pytest.raises(ValueError, match="there are no pages"):
+            outgoing.hint_free(*hint)
+    outgoing.migrate_continue()
+    assert outgoing.wait(FOREVER)
+    ended(incoming)
+
+
+def test_a_migration_that_has_no_descriptors_to_begin_with_has_not_begun(made, monkeypatch):
+    def refuse() -> None:
+        raise OSError(errno.EMFILE, "too many open files")
+
+    source, target = Box(94), Box()
+    incoming = made.incoming(target.guest)
+    incoming.listen("tcp:127.0.0.1:0")
+    outgoing = made.outgoing(source.guest)
+    with monkeypatch.context() as patch:
+        patch.setattr("mig.engine.migration.Wake", refuse)
+        with pytest.raises(OSError, match="too many"):
+            outgoing.start(incoming.uri)
+        with pytest.raises(OSError, match="too many"):
+            made.incoming(Box().guest).listen("tcp:127.0.0.1:0")
+    assert outgoing.status == Status.NONE
+    outgoing.start(incoming.uri)
+    assert outgoing.wait(FOREVER)
+    assert incoming.wait(FOREVER)
+
+
+class Manual(Restless):
+    """A log that only logs again what it is told to."""
+
+    chunk_pages = 64
+
+    def clear(self, idstr: str, first_page: int, npages: int) -> None:
+        pass
+
+
+def test_a_log_that_is_cleared_by_hand_takes_no_hints(made):
+    # a write between the hint and the clear of its chunk would be in nobody's log
+    source, target = Box(95, dirty=Manual(0)), Box()
+
+    def hint(event) -> None:
+        if event == PassStarted(1):
+            outgoing.hint_free("pc.ram", 0, NPAGES)
+
+    incoming = made.incoming(target.guest)
+    incoming.listen("tcp:127.0.0.1:0")
+    outgoing = made.outgoing(source.guest, on_event=hint)
+    outgoing.start(incoming.uri)
+    assert outgoing.wait(FOREVER)
+    assert incoming.wait(FOREVER)
+    assert target.same_as(source)
