@@ -38,7 +38,7 @@ def main(uri: str, options: Options) -> None:
         show.guest.resume()
         _say(status=str(incoming.status))
         for _ in sys.stdin:
-            _say(**show.verify(running=True))
+            _say(**show.verify())
 
 
 if __name__ == "__main__":

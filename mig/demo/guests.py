@@ -65,7 +65,7 @@ class Show(Protocol):
     def start(self) -> None:
         """Let a new guest run."""
 
-    def verify(self, *, running: bool) -> dict[str, Any]:
+    def verify(self) -> dict[str, Any]:
         """Check all of its memory, whether it runs or stands still; return what there is to say.
 
         ok, npages (checked), corrupt (a list of words), ticks (how far it has come), switchover_gap
@@ -94,7 +94,7 @@ class ProcessShow:
         """Fill the memory and let the threads write."""
         self.guest.start()
 
-    def verify(self, *, running: bool) -> dict[str, Any]:
+    def verify(self) -> dict[str, Any]:
         """Check; it goes on as it was."""
         report = self.guest.verify()
         corrupt = [str(page) for page in (*report.corrupt, *report.first_refused)]
@@ -128,8 +128,9 @@ class KvmShow:
         self.guest.boot(working_set=self._working_set)
         self.guest.resume()
 
-    def verify(self, *, running: bool) -> dict[str, Any]:
+    def verify(self) -> dict[str, Any]:
         """Check while it stands still; it runs again if it did."""
+        running = self.guest.running
         if running:
             self.guest.stop()
         corrupt = [f"page {page}" for page in self.guest.verify()]

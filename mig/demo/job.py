@@ -141,7 +141,7 @@ class Demo:
             time.sleep(SETTLE)
             self._migrate(destination.uri)
             destination.hear("status")
-            source = show.verify(running=False)
+            source = show.verify()
             time.sleep(SETTLE)
             info = self._outgoing.query()
             report = DemoReport(self._options, info, source, destination.verify())

@@ -79,11 +79,15 @@ def started(made, source: Box, target: Box, **options):
     return outgoing, incoming
 
 
-def await_status(migration, status: Status) -> None:
+def await_that(happened, what: str) -> None:
     end = time.monotonic() + FOREVER
-    while migration.status != status:
-        assert time.monotonic() < end, f"still {migration.status}"
+    while not happened():
+        assert time.monotonic() < end, f"waited in vain for {what}"
         time.sleep(0.001)
+
+
+def await_status(migration, status: Status) -> None:
+    await_that(lambda: migration.status == status, status)
 
 
 # ---- how far it is slowed down ---------------------------------------------------------------
@@ -142,10 +146,7 @@ def test_a_guest_that_was_slowed_down_is_let_go_when_the_migration_is_cancelled(
     policy = Told(log, *range(1, 99))
     source.guest.throttle = throttled.append
     outgoing, incoming = started(made, source, Box(), policy=policy)
-    end = time.monotonic() + FOREVER
-    while not throttled:
-        assert time.monotonic() < end
-        time.sleep(0.001)
+    await_that(lambda: throttled, "a throttle")
     outgoing.cancel()
     ended(outgoing)
     ended(incoming)
@@ -454,10 +455,7 @@ def test_a_throttle_is_undone_whatever_else_fails(made, monkeypatch):
     log.stop = stop
     source.guest.throttle = throttled.append
     outgoing, incoming = started(made, source, Box(), policy=Told(log, *range(1, 99)))
-    end = time.monotonic() + FOREVER
-    while not throttled:
-        assert time.monotonic() < end
-        time.sleep(0.001)
+    await_that(lambda: throttled, "a throttle")
     outgoing.cancel()
     ended(outgoing)
     ended(incoming)
