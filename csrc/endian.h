@@ -53,4 +53,17 @@ static inline void mig_store_be64(uint8_t *p, uint64_t x)
     memcpy(p, &x, sizeof(x));
 }
 
+static inline uint32_t mig_load_be32(const uint8_t *p)
+{
+    return (uint32_t)p[0] << 24 | (uint32_t)p[1] << 16 | (uint32_t)p[2] << 8 | p[3];
+}
+
+static inline void mig_store_be32(uint8_t *p, uint32_t x)
+{
+    p[0] = (uint8_t)(x >> 24);
+    p[1] = (uint8_t)(x >> 16);
+    p[2] = (uint8_t)(x >> 8);
+    p[3] = (uint8_t)x;
+}
+
 #endif

@@ -209,7 +209,8 @@ void mig_ram_place(const struct mig_kernels *k, const struct mig_pages *pages, u
                 memset(page, fill, pages->page_size);
             }
         }
-        mig_bitmap_put(received, index[i]);
+        /* channels of multifd set bits of the same words */
+        mig_bitmap_set_atomic(received, index[i], 1);
     }
 }
 

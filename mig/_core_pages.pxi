@@ -101,3 +101,14 @@ cdef class Pages:
                 raise IndexError(f"page {index[i]} of {self.c.npages}")
             n += self.c.where == NULL or self.c.where[index[i]] > 0
         return n
+
+    def without_storage(self, const uint64_t[::1] index not None):
+        """A bit for each of the pages index[...]: whether it is a zero page without storage."""
+        cdef Bitmap found = Bitmap(<uint64_t>index.shape[0])
+        cdef size_t i
+        for i in range(<size_t>index.shape[0]):
+            if index[i] >= self.c.npages:
+                raise IndexError(f"page {index[i]} of {self.c.npages}")
+            if mig_page(&self.c, index[i]) == NULL:
+                mig_bitmap_set(found.words, i, 1)
+        return found

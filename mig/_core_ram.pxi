@@ -155,10 +155,12 @@ cdef class PageLog:
     cdef RamParser parser
     cdef int64_t **where
     cdef uint8_t *zeros
+    cdef pthread_mutex_t lock  # held while pages are put: channels of multifd do so, too
 
     def __cinit__(self, int fd, RamParser parser not None, *, int direct_fd=-1):
         cdef size_t i
         cdef uint64_t npages
+        pthread_mutex_init(&self.lock, NULL)
         self.parser = parser
         self.c.current = -1
         self.c.page_size = parser.c.page_size
@@ -176,6 +178,7 @@ cdef class PageLog:
 
     def __dealloc__(self):
         cdef size_t i
+        pthread_mutex_destroy(&self.lock)
         mig_appender_close(&self.c.file)
         if self.where != NULL:
             for i in range(self.parser.c.nblocks):
@@ -204,9 +207,11 @@ cdef class PageLog:
         try:
             self.parser.check_last(&view, start)
             with nogil:
+                pthread_mutex_lock(&self.lock)
                 rc = mig_pagelog_put(&self.c, p.current, &p.blocks[p.current],
                                      self.where[p.current], <const uint8_t *>view.buf + start,
                                      p.page, p.src, p.npages)
+                pthread_mutex_unlock(&self.lock)
             if rc == -_errno.EINVAL:
                 raise RamRecordError("page filled with a byte that is not 0: only sources older "
                                      "than QEMU 2.0 send these")

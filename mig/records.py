@@ -318,3 +318,29 @@ class BlockList:
             blocks[block.idstr] = block
             left -= block.used_length
         return cls(tuple(blocks.values()))
+
+
+# ---- multifd ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class MultifdInit:
+    """What introduces a channel of multifd: be32 magic, be32 1, uuid, u8 channel, 39 zero bytes.
+
+    uuid: 16 bytes, all zero for a machine without one
+    """
+
+    channel: int
+    uuid: bytes
+
+    @classmethod
+    def read(cls, reader: StreamReader) -> MultifdInit:
+        """Read all of it; StreamError when it is something else."""
+        what = "the start of a multifd channel"
+        at = reader.offset
+        magic, version = reader.u32(what), reader.u32(what)
+        if magic != wire.MULTIFD_MAGIC or version != wire.MULTIFD_VERSION:
+            raise reader.error(f"multifd channel of magic {magic:#x}, version {version}", offset=at)
+        uuid, channel = reader.read(16, what), reader.u8(what)
+        reader.read(wire.MULTIFD_INIT - 25, what)
+        return cls(channel, uuid)

@@ -17,6 +17,9 @@ FILE_VERSION: Final = 3
 FILE_VERSION_COMPAT: Final = 2
 #: first four bytes of a multifd channel (MULTIFD_MAGIC)
 MULTIFD_MAGIC: Final = 0x11223344
+MULTIFD_VERSION: Final = 1
+#: bytes of the packet that introduces a channel (MultiFDInit_t)
+MULTIFD_INIT: Final = 64
 
 
 class SectionType(IntEnum):

@@ -13,20 +13,11 @@ from typing import Any, ClassVar
 
 from mig.channel.open import Cancel
 from mig.engine.wake import Wake
-from mig.errors import CancelledError, MigError, StateError
+from mig.errors import CancelledError, MigError, StateError, as_mig_error
 from mig.events import Event, StatusChanged
 from mig.options import Capability, Options, capabilities_to_qmp, unsupported
 from mig.state import FINAL, Input, Machine, Status, Table
 from mig.stats import InetAddress, MigrationInfo, RamCounters, RamStats, UnixAddress
-
-
-def _as_mig_error(error: BaseException) -> MigError:
-    """The error itself, or a MigError for a mistake of a guest's or a callback's own."""
-    if isinstance(error, MigError):
-        return error
-    wrapped = MigError(f"{type(error).__name__}: {error}")
-    wrapped.__cause__ = error
-    return wrapped
 
 
 class Migration(ABC):
@@ -163,13 +154,13 @@ class Migration(ABC):
             self._emit(StatusChanged(Status.SETUP))
             self._run()
         except BaseException as error:
-            self._fail(_as_mig_error(error))
+            self._fail(as_mig_error(error))
             outcome = Input.FAIL
         try:
             self._cleanup(failed=outcome == Input.FAIL)
         except BaseException as error:
             # what was confirmed stays confirmed; a failure keeps its first error
-            self._fail(_as_mig_error(error))
+            self._fail(as_mig_error(error))
         finally:
             self._finish(outcome)
 

@@ -9,19 +9,28 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import ClassVar
 
-from mig.channel import Channel, carries_return_path, connect, parse_uri
+from mig.channel import (
+    Channel,
+    carries_return_path,
+    connect,
+    parse_uri,
+    require_many_connections,
+)
 from mig.dirty import DirtyLog
 from mig.engine.blockers import Blockers, Moment, Notifier
 from mig.engine.convergence import Convergence, ConvergencePolicy
 from mig.engine.migration import Migration
+from mig.engine.outlanes import OutgoingLanes, open_lanes
 from mig.engine.precopy import Precopy
 from mig.engine.rate import RateLimit
 from mig.engine.returnpath import ReturnPath
-from mig.errors import ChannelError, IdleTimeoutError, MigError, OptionError
+from mig.errors import CancelledError, ChannelError, IdleTimeoutError, MigError, OptionError
 from mig.events import Event, PassStarted
 from mig.guest import SourceGuest
+from mig.multifd.dialect import dialect_of
+from mig.multifd.encode import MultifdEncoder
 from mig.options import OUTGOING_CAPABILITIES, Capability, MigMode, Options, ZeroPageDetection
-from mig.ram.encode import PlainEncoder, RecordWriter, ZeroFinder
+from mig.ram.encode import PageEncoder, PlainEncoder, RecordWriter, ZeroFinder
 from mig.ram.save import RamSaver
 from mig.ram.search import PageSearch, SourceBlock
 from mig.records import Command, FileHeader
@@ -79,6 +88,8 @@ class OutgoingMigration(Migration):
         self._search: PageSearch | None = None
         self._log: DirtyLog | None = None
         self._precopy: Precopy | None = None
+        self._saver: RamSaver | None = None
+        self._lanes: OutgoingLanes | None = None
         self._go_on = threading.Event()
         self._stopped = False
         self._was_running = True
@@ -92,6 +103,8 @@ class OutgoingMigration(Migration):
         UriError when it cannot be read, OptionError when it cannot do what a capability needs,
         BlockedError when something stands against it.
         """
+        if Capability.MULTIFD in self.capabilities:
+            require_many_connections(uri)
         able = carries_return_path(parse_uri(uri))
         if Capability.RETURN_PATH in self.capabilities and not able:
             raise OptionError(f"capability 'return-path' is not possible over {uri}")
@@ -153,15 +166,42 @@ class OutgoingMigration(Migration):
             self._pinned.append(block)
         self._start_dirty_log()
         search = self._search = PageSearch(blocks, self._log)
-        encoder = PlainEncoder(RecordWriter(writer), ZeroFinder(self._detects_zero), self._counters)
+        encoder = self._make_encoder(writer, blocks)
         saver = RamSaver(writer, search, encoder, self._guest.ram_section_id, self._counters)
+        self._saver = saver
         saver.footers = self._guest.footers
         self._send_setup(channel, writer, saver)
-        precopy = self._precopy = self._prepare_precopy(writer, search, saver)
+        precopy = self._precopy = self._prepare_precopy(search, saver)
         precopy.run()
         self._switch_over()
         self._complete(writer, saver, precopy)
         self._confirm(channel)
+
+    def _make_encoder(self, writer: StreamWriter, blocks: Sequence[SourceBlock]) -> PageEncoder:
+        records, zeros = RecordWriter(writer), ZeroFinder(self._detects_zero)
+        if Capability.MULTIFD not in self.capabilities or not blocks:
+            return PlainEncoder(records, zeros, self._counters)
+        configuration = self._guest.configuration
+        lanes = open_lanes(
+            self._uri,
+            self._cancel,
+            self.parameters,
+            blocks[0].pages.page_size,
+            configuration.uuid.bytes if configuration and configuration.uuid else bytes(16),
+            zero_copy=Capability.ZERO_COPY_SEND in self.capabilities,
+            on_error=self._lane_failed,
+        )
+        with self._lock:
+            self._lanes = lanes
+        lanes.start()
+        return MultifdEncoder(
+            lanes,
+            records,
+            zeros,
+            self._counters,
+            dialect_of(configuration.machine if configuration else None),
+            lambda: self.parameters.zero_page_detection,
+        )
 
     def _detects_zero(self) -> bool:
         return self.parameters.zero_page_detection != ZeroPageDetection.NONE
@@ -194,13 +234,10 @@ class OutgoingMigration(Migration):
         saver.start()
         writer.flush()
 
-    def _prepare_precopy(
-        self, writer: StreamWriter, search: PageSearch, saver: RamSaver
-    ) -> Precopy:
+    def _prepare_precopy(self, search: PageSearch, saver: RamSaver) -> Precopy:
         return Precopy(
             search,
             saver,
-            writer,
             RateLimit(lambda: self.parameters.max_bandwidth, self._sleep),
             self._policy,
             throttle=self._guest.throttle,
@@ -221,7 +258,7 @@ class OutgoingMigration(Migration):
             return
         self._mark("stopped")
         self._stopped = True
-        self._running_bytes = self._writer.offset if self._writer else 0
+        self._running_bytes = self._saver.nbytes if self._saver else 0
         self._was_running = self._guest.running
         self._guest.stop()
 
@@ -241,6 +278,8 @@ class OutgoingMigration(Migration):
         if self._guest.switchover_start:
             writer.put(Command(CommandType.SWITCHOVER_START).encode())
         saver.end()
+        if self._lanes is not None:
+            self._lanes.finish()
         devices = self._guest.save_devices()
         if self._return_path is not None:
             self._return_path.may_confirm = True
@@ -290,6 +329,9 @@ class OutgoingMigration(Migration):
             self._last_call.cancel()
         if self._channel is not None:
             self._channel.cancel()
+        if self._lanes is not None:
+            self._lanes.cancel()
+            self._lanes.close()
         if self._return_path is not None:
             self._return_path.join()
         with self._lock:
@@ -306,6 +348,8 @@ class OutgoingMigration(Migration):
         if isinstance(error, ChannelError) and not isinstance(error, IdleTimeoutError):
             try:
                 return_path.wait_shut(1.0)
+            except CancelledError:
+                pass
             except MigError as said:
                 if self._error is error and said is return_path.error:
                     self._error = said
@@ -313,6 +357,14 @@ class OutgoingMigration(Migration):
     def _peer_failed(self, error: MigError) -> None:
         """Called by the return path's thread: the first error is set before the channel ends."""
         self._fail(error)
+        self._interrupt()
+
+    def _lane_failed(self, error: MigError) -> None:
+        """Called by the channel's thread; the destination may be about to say the reason."""
+        self._fail(error)
+        if self._return_path is not None:
+            with contextlib.suppress(MigError):
+                self._return_path.wait_shut(1.0)
         self._interrupt()
 
     def _interrupt(self) -> None:
@@ -331,6 +383,8 @@ class OutgoingMigration(Migration):
         with self._lock:
             if self._channel is not None:
                 self._channel.cancel()
+            if self._lanes is not None:
+                self._lanes.cancel()
 
     def _sleep(self, seconds: float) -> None:
         """Wait, but no longer than until parameters change."""
@@ -342,7 +396,8 @@ class OutgoingMigration(Migration):
     def _ram_stats(self) -> RamStats:
         search, counters, precopy = self._search, self._counters, self._precopy
         page_size = search.blocks[0].pages.page_size if search and search.blocks else 0
-        transferred = self._writer.offset if self._writer else 0
+        beside = self._saver.nbytes_beside if self._saver else 0
+        transferred = beside + (self._writer.offset if self._writer else 0)
         running = transferred if self._running_bytes is None else self._running_bytes
         stats = RamStats(
             transferred=transferred,
@@ -354,6 +409,8 @@ class OutgoingMigration(Migration):
             dirty_sync_count=precopy.passes if precopy else 0,
             precopy_bytes=running,
             downtime_bytes=transferred - running,
+            multifd_bytes=beside,
+            dirty_sync_missed_zero_copy=self._lanes.copied if self._lanes else 0,
         )
         if precopy is None:
             return stats

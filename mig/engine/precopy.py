@@ -11,7 +11,6 @@ from mig.engine.convergence import ConvergencePolicy, DirtyRate
 from mig.engine.rate import RateLimit
 from mig.ram.save import RamSaver
 from mig.ram.search import MAX_BATCH, PageSearch
-from mig.stream.writer import StreamWriter
 
 #: seconds that the loop sends before it looks around, as ram_save_iterate() does
 SLICE = 0.05
@@ -34,7 +33,6 @@ class Precopy:
         self,
         search: PageSearch,
         saver: RamSaver,
-        writer: StreamWriter,
         limit: RateLimit,
         policy: ConvergencePolicy,
         *,
@@ -46,7 +44,6 @@ class Precopy:
     ) -> None:
         self._search = search
         self._saver = saver
-        self._writer = writer
         self._limit = limit
         self._policy = policy
         self._throttle_guest = throttle
@@ -59,8 +56,8 @@ class Precopy:
         self._hints: list[tuple[str, int, int]] = []
         self._hints_lock = threading.Lock()
         now = time.monotonic()
-        self._dirty_rate = DirtyRate(self._page_size, now, writer.offset)
-        self._window = (now, writer.offset, saver.npages)
+        self._dirty_rate = DirtyRate(self._page_size, now, saver.nbytes)
+        self._window = (now, saver.nbytes, saver.npages)
         #: passes over dirty memory, also the one at the start (QEMU's dirty-sync-count)
         self.passes = 0
         #: bytes of stream per second, pages per second, in the last window
@@ -96,7 +93,7 @@ class Precopy:
         self._dirty_at_sync = self._search.remaining
         self._notify(Moment.AFTER_BITMAP_SYNC)
         self._begin_pass()
-        period = self._dirty_rate.synced(fresh, time.monotonic(), self._writer.offset)
+        period = self._dirty_rate.synced(fresh, time.monotonic(), self._saver.nbytes)
         if period is None or not guest_runs:
             return
         percent = self._policy.throttle(period)
@@ -154,16 +151,17 @@ class Precopy:
                 if not self._may_leave():
                     self._sleep(end - now)
                 return
-            before = self._writer.offset
+            before = self._saver.nbytes
             self._saver.part(batch)
-            self._writer.flush()
-            self._limit.spend(self._writer.offset - before)
+            if room is not None:
+                self._saver.settle()
+            self._limit.spend(self._saver.nbytes - before)
             self._measure()
 
     def _measure(self, *, nothing_left: bool = False) -> None:
         """Close the window when it is long enough; a short first one is better than none."""
         began, offset, npages = self._window
-        now, sent = time.monotonic(), self._writer.offset
+        now, sent = time.monotonic(), self._saver.nbytes
         seconds = now - began
         enough = seconds >= WINDOW or (nothing_left and not self.bandwidth and seconds > 0)
         if not enough:

@@ -1,6 +1,6 @@
 """What a migration needs from a guest, and guests: a program's own, and threads that write."""
 
-from mig.guest.base import DestinationGuest, SourceGuest
+from mig.guest.base import DestinationGuest, LaneTarget, SourceGuest
 from mig.guest.kvm import KvmGuest
 from mig.guest.memory import MemoryGuest
 from mig.guest.process import CorruptPage, GuestCounters, GuestReport, ProcessGuest
@@ -11,6 +11,7 @@ __all__ = [
     "GuestCounters",
     "GuestReport",
     "KvmGuest",
+    "LaneTarget",
     "MemoryGuest",
     "ProcessGuest",
     "SourceGuest",

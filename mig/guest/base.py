@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
+from mig import _core
 from mig.dirty import DirtyLog
 from mig.ram.search import SourceBlock
 from mig.records import Configuration
@@ -62,3 +63,16 @@ class DestinationGuest(LoadTarget, Protocol):
 
     def abort(self) -> None:
         """The migration failed or was cancelled: leave nothing behind. Never after commit()."""
+
+
+@runtime_checkable
+class LaneTarget(Protocol):
+    """What a DestinationGuest needs besides for capability multifd."""
+
+    def open_lanes(
+        self, receiver: _core.MultifdReceiver, parser: _core.RamParser, section_id: int
+    ) -> None:
+        """Say where the pages of each block go: `to_memory` or `to_log`. Follows open_blocks().
+
+        section_id: of `ram`
+        """

@@ -158,6 +158,13 @@ class MemoryGuest:
             pages, received, fresh = self._loading[parser.current]
             parser.place(data, start, pages, received, fresh)
 
+    def open_lanes(
+        self, receiver: _core.MultifdReceiver, parser: _core.RamParser, section_id: int
+    ) -> None:
+        """Have the channels put pages straight into memory."""
+        for number, (pages, received, fresh) in enumerate(self._loading):
+            receiver.to_memory(number, pages, received, fresh)
+
     def ram_started(self, section_id: int, footers: bool) -> None:
         """Nothing to note."""
 

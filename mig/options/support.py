@@ -9,14 +9,21 @@ from mig.options.capability import Capability
 OUTGOING_CAPABILITIES: Final = frozenset(
     {
         Capability.AUTO_CONVERGE,
+        Capability.MULTIFD,
         Capability.PAUSE_BEFORE_SWITCHOVER,
         Capability.RETURN_PATH,
         Capability.SWITCHOVER_ACK,
         Capability.VALIDATE_UUID,
+        Capability.ZERO_COPY_SEND,
     }
 )
 INCOMING_CAPABILITIES: Final = frozenset(
-    {Capability.RETURN_PATH, Capability.SWITCHOVER_ACK, Capability.VALIDATE_UUID}
+    {
+        Capability.MULTIFD,
+        Capability.RETURN_PATH,
+        Capability.SWITCHOVER_ACK,
+        Capability.VALIDATE_UUID,
+    }
 )
 
 #: QMP names of the parameters that may differ from their defaults
@@ -32,6 +39,10 @@ SUPPORTED_PARAMETERS: Final = frozenset(
         "max-bandwidth",
         "max-cpu-throttle",
         "mode",
+        "multifd-channels",
+        "multifd-compression",
+        "multifd-zlib-level",
+        "multifd-zstd-level",
         "throttle-trigger-threshold",
         "zero-page-detection",
     }

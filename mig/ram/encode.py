@@ -10,6 +10,7 @@ from mig.pages import PageIndex
 from mig.ram.search import PageBatch, SourceBlock
 from mig.stats import RamCounters
 from mig.stream.writer import StreamWriter
+from mig.wire import SectionType
 
 
 class PageEncoder(Protocol):
@@ -18,11 +19,18 @@ class PageEncoder(Protocol):
     def encode(self, batch: PageBatch) -> None:
         """Send the batch; a section of `ram` is open."""
 
-    def end_section(self) -> None:
-        """The section that is open is about to end."""
+    @property
+    def nbytes_beside(self) -> int:
+        """Bytes sent over other connections than the main stream's."""
+
+    def end_section(self, kind: SectionType) -> None:
+        """The section that is open, a START, PART or END, is about to end."""
 
     def begin_pass(self) -> None:
         """The dirty log was synced: pages that were sent before may be sent again."""
+
+    def settle(self) -> None:
+        """Wait until what was given is counted in `nbytes_beside`, or on the main stream."""
 
 
 class RecordWriter:
@@ -75,8 +83,13 @@ class PlainEncoder:
         self._records.put(batch.block, batch.index, zero)
         self._counters.add(len(batch.index), nzero)
 
-    def end_section(self) -> None:
+    nbytes_beside = 0
+
+    def end_section(self, kind: SectionType) -> None:
         """Nothing is kept back."""
 
     def begin_pass(self) -> None:
         """Every pass is alike."""
+
+    def settle(self) -> None:
+        """Nothing is on its way."""

@@ -32,16 +32,41 @@ class PageSink(Protocol):
         """Take the parser's last burst, parsed from ``data`` at ``start``."""
 
 
+class PageLanes(Protocol):
+    """Channels beside the main stream that bring pages, too (multifd)."""
+
+    def open(self, parser: _core.RamParser, section_id: int) -> None:
+        """The blocks are known: pages can come."""
+
+    def sync(self) -> None:
+        """Wait until every channel has come to this place."""
+
+
 class RamLoader:
     """Reads payloads of the `ram` section of one stream.
 
     The current block is remembered over sections: the first record of a section may say CONTINUE.
     Matches ram_load() and ram_load_precopy() of QEMU.
+
+    section_id: of `ram`
+    lanes:      None: pages come on the main stream only
+    sync_every_section: whether the lanes are synchronised where a section ends
     """
 
     def __init__(
-        self, reader: StreamReader, sink: PageSink, page_size: int, counters: RamCounters
+        self,
+        reader: StreamReader,
+        sink: PageSink,
+        page_size: int,
+        counters: RamCounters,
+        *,
+        section_id: int = 0,
+        lanes: PageLanes | None = None,
+        sync_every_section: bool = False,
     ) -> None:
+        self._section_id = section_id
+        self._lanes = lanes
+        self._sync_every_section = sync_every_section
         self._reader = reader
         self._sink = sink
         self._page_size = page_size
@@ -79,6 +104,8 @@ class RamLoader:
         self._parser = _core.RamParser(
             [(b.idstr.encode(), b.npages(self._page_size)) for b in self.blocks], self._page_size
         )
+        if self._lanes is not None:
+            self._lanes.open(self._parser, self._section_id)
 
     def _load_pages(self, parser: _core.RamParser) -> None:
         """The hot loop: every turn parses and places one burst, a buffer full if it is there."""
@@ -101,7 +128,16 @@ class RamLoader:
             if stop == _core.STOP_MORE:
                 reader.need(parser.need, "a RAM record")
             elif stop == _core.STOP_OTHER:
-                raise self._unknown_record(parser)
+                self._other_record(parser)
+        if self._lanes is not None and self._sync_every_section:
+            self._lanes.sync()
+
+    def _other_record(self, parser: _core.RamParser) -> None:
+        """The next record is no page."""
+        if parser.word != RamFlag.MULTIFD_FLUSH or self._lanes is None:
+            raise self._unknown_record(parser)
+        self._reader.u64("a RAM record")
+        self._lanes.sync()
 
     def _block_name(self, parser: _core.RamParser) -> str | None:
         return self.blocks[parser.current].idstr if parser.current >= 0 else None

@@ -40,20 +40,30 @@ class RamSaver:
         self._counters.total = blocks.total
         self._writer.put(header.encode(SectionType.START))
         self._writer.put(blocks.encode())
-        self._end_section()
+        self._end_section(SectionType.START)
 
     def part(self, batch: PageBatch) -> None:
         """SECTION_PART with one batch."""
         self._writer.put(encode_continuation(SectionType.PART, self._section_id))
         self._encoder.encode(batch)
-        self._end_section()
+        self._end_section(SectionType.PART)
 
     def end(self) -> None:
         """SECTION_END with every page that is still dirty."""
         self._writer.put(encode_continuation(SectionType.END, self._section_id))
         while batch := self._search.next_batch():
             self._encoder.encode(batch)
-        self._end_section()
+        self._end_section(SectionType.END)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes so far, on the main stream and beside it."""
+        return self._writer.offset + self._encoder.nbytes_beside
+
+    @property
+    def nbytes_beside(self) -> int:
+        """Of them, bytes beside the main stream."""
+        return self._encoder.nbytes_beside
 
     @property
     def npages(self) -> int:
@@ -64,8 +74,14 @@ class RamSaver:
         """The dirty log was synced."""
         self._encoder.begin_pass()
 
-    def _end_section(self) -> None:
-        self._encoder.end_section()
+    def settle(self) -> None:
+        """Wait until what was given to send is counted in `nbytes`."""
+        self._encoder.settle()
+
+    def _end_section(self, kind: SectionType) -> None:
+        self._encoder.end_section(kind)
         self._writer.put(_EOS)
         if self.footers:
             self._writer.put(encode_footer(self._section_id))
+        # channels beside the stream may wait for what was said here
+        self._writer.flush()

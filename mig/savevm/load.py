@@ -7,7 +7,8 @@ from contextlib import contextmanager
 from typing import Final, Protocol
 
 from mig.errors import IdleTimeoutError, MismatchError, UnsupportedError
-from mig.ram.load import PageSink, RamLoader
+from mig.multifd.dialect import dialect_of
+from mig.ram.load import PageLanes, PageSink, RamLoader
 from mig.records import Command, Configuration, FileHeader, SectionHeader
 from mig.savevm.devices import DeviceState, DeviceTail
 from mig.stats import RamCounters
@@ -59,6 +60,7 @@ class StreamLoader:
 
     on_command: told of every OPEN_RETURN_PATH and PING
     page_size:  target page size where the stream does not name it
+    lanes:      channels that bring pages beside the stream
 
     Matches qemu_loadvm_state(); unlike QEMU it takes the device state as a whole.
     """
@@ -71,7 +73,10 @@ class StreamLoader:
         on_command: Callable[[Command], None],
         counters: RamCounters | None = None,
         page_size: int = 1 << DEFAULT_PAGE_BITS,
+        lanes: PageLanes | None = None,
     ) -> None:
+        self._lanes = lanes
+        self._dialect = dialect_of(None)
         self._reader = reader
         self._target = target
         self._on_command = on_command
@@ -112,6 +117,7 @@ class StreamLoader:
             configuration = Configuration.read(reader)
             if configuration.page_bits is not None:
                 self._page_size = configuration.page_size
+            self._dialect = dialect_of(configuration.machine)
             for name in configuration.capabilities or ():
                 raise UnsupportedError(
                     f"the stream needs {name}", capability=name, offset=at, section="configuration"
@@ -160,7 +166,15 @@ class StreamLoader:
             raise reader.error("RAM is started twice", offset=at)
         if header.version_id != RAM_VERSION:
             raise reader.error(f"RAM of version {header.version_id}", offset=at)
-        self._ram = RamLoader(reader, self._target, self._page_size, self._counters)
+        self._ram = RamLoader(
+            reader,
+            self._target,
+            self._page_size,
+            self._counters,
+            section_id=header.section_id,
+            lanes=self._lanes,
+            sync_every_section=self._dialect.sync_every_section,
+        )
         self._ram_id = header.section_id
         self._ram.load_payload()
         self._footer()
