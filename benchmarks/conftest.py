@@ -132,6 +132,12 @@ def smoke() -> bool:
 
 
 @pytest.fixture(scope="session")
+def rounds() -> int:
+    """How many times a whole migration is run: MIG_BENCH_ROUNDS, else 5, once in smoke mode."""
+    return int(os.environ.get("MIG_BENCH_ROUNDS") or (1 if SMOKE else 5))
+
+
+@pytest.fixture(scope="session")
 def code(tmp_path_factory: pytest.TempPathFactory) -> Code:
     """The peers' C code, compiled."""
     return Code(tmp_path_factory.mktemp("peers"))

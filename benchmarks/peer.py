@@ -5,8 +5,8 @@
     peer.py memory  URI FILE      be a destination with memory like that of the VM in FILE
     peer.py host    URI MIB       be a destination of a process guest, and let it run
     peer.py send    URI FILE      be the source of the VM in FILE, once a line comes from stdin
-    peer.py guest   MIB RATE LOG  be a process guest that dirties RATE bytes a second, and the source
-                                  of it when a line from stdin says so
+    peer.py guest   MIB RATE LOG  be a process guest that dirties RATE bytes a second, and the
+                                  source of it when a line from stdin says so
     peer.py sink    URI SECONDS   take what comes, and hang up after so many whole seconds
     peer.py warm    MIB           touch so much memory, once a line comes from stdin
 
@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import bisect
 import contextlib
+import itertools
 import json
 import mmap
 import resource
@@ -202,7 +203,7 @@ def _rates(times: list[float], totals: list[int], seconds: int) -> list[float]:
 
     whole = int(times[-1] - began)
     marks = [total_at(began + second) for second in range(min(seconds, whole) + 1)]
-    return [float(after - before) for before, after in zip(marks, marks[1:], strict=False)]
+    return [float(after - before) for before, after in itertools.pairwise(marks)]
 
 
 def warm(mib: str) -> None:

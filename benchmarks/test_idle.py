@@ -89,7 +89,7 @@ def stage(fast_folder: Path, mib: int) -> Iterator[Stage]:
 
 def test_idle_guest(
     compare: Any,
-    smoke: bool,
+    rounds: int,
     stage: Stage,
     mine: MigGuest,
     theirs: QemuSource,
@@ -106,13 +106,14 @@ def test_idle_guest(
             lambda: QemuDestination(binary, spec, fast_folder, stage.uri),
         ),
     }
-    compare_migrations(compare, stage, ends, mib=mib, rounds=1 if smoke else 7)
+    compare_migrations(compare, stage, ends, mib=mib, rounds=rounds)
 
 
 @pytest.mark.parametrize("megabytes", [50, 500, 1000])
 def test_rate_limit(
     compare: Any,
     smoke: bool,
+    rounds: int,
     stage: Stage,
     mine: MigGuest,
     theirs: QemuSource,
@@ -143,7 +144,7 @@ def test_rate_limit(
         compare(
             lambda: run("mig"),
             {name: lambda name=name: run(name) for name in sources if name != "mig"},
-            rounds=1 if smoke else 3,
+            rounds=rounds,
             prepare=prepare,
         )
     compare.info["cap"] = cap

@@ -39,7 +39,7 @@ def stage(fast_folder: Path, mib: int) -> Iterator[Stage]:
 @pytest.mark.parametrize("rate_mib", [0, 50, 200, 800])
 @pytest.mark.parametrize("log", ["tracked", "marked"])
 def test_downtime(
-    benchmark: Any, smoke: bool, stage: Stage, mib: int, rate_mib: int, log: str
+    benchmark: Any, rounds: int, stage: Stage, mib: int, rate_mib: int, log: str
 ) -> None:
     """A guest that dirties so much a second; rate 0: one whose threads only tick."""
     gaps: list[float] = []
@@ -62,7 +62,7 @@ def test_downtime(
         stage.prepare(source, make_destination)
 
     try:
-        benchmark.pedantic(stage.migrate, setup=prepare, rounds=1 if smoke else 9)
+        benchmark.pedantic(stage.migrate, setup=prepare, rounds=rounds)
         collect()
     finally:
         stage.clear()
@@ -78,7 +78,7 @@ def test_downtime(
     )
 
 
-@pytest.mark.benchmark(group="An iteration over memory that is clean")
+@pytest.mark.benchmark(group="An iteration over memory that is clean, most of it never touched")
 @pytest.mark.parametrize("mib", [256, 512, 1024, 2048, 4096, 8192, 16384])
 @pytest.mark.parametrize("log", ["marked", "tracked"])
 def test_iteration(measure: Any, smoke: bool, mib: int, log: str) -> None:

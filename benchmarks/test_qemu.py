@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -40,24 +39,15 @@ from .migrations import (
 pytestmark = pytest.mark.timeout(3600)
 
 
-@dataclass(frozen=True)
-class Plan:
-    """Sizes of this run."""
-
-    mib: int
-    rounds: int
+@pytest.fixture(scope="module")
+def mib(smoke: bool) -> int:
+    return int(os.environ.get("MIG_BENCH_MIB") or (128 if smoke else 2048))
 
 
 @pytest.fixture(scope="module")
-def plan(smoke: bool) -> Plan:
-    mib = int(os.environ.get("MIG_BENCH_MIB") or (128 if smoke else 2048))
-    return Plan(mib, 1 if smoke else 5)
-
-
-@pytest.fixture(scope="module")
-def need_mib(plan: Plan) -> int:
+def need_mib(mib: int) -> int:
     """The image and a capture."""
-    return 2 * (plan.mib + 256)
+    return 2 * (mib + 256)
 
 
 @pytest.fixture(scope="module")
@@ -67,8 +57,8 @@ def binary() -> QemuBinary:
 
 
 @pytest.fixture(scope="module")
-def spec(plan: Plan, tmp_path_factory: pytest.TempPathFactory) -> GuestSpec:
-    return idle_guest(plan.mib, tmp_path_factory.mktemp("guest"))
+def spec(mib: int, tmp_path_factory: pytest.TempPathFactory) -> GuestSpec:
+    return idle_guest(mib, tmp_path_factory.mktemp("guest"))
 
 
 @pytest.fixture(scope="module")
@@ -80,8 +70,8 @@ def running(binary: QemuBinary, spec: GuestSpec, fast_folder: Path) -> Iterator[
 
 
 @pytest.fixture(scope="module")
-def stage(fast_folder: Path, plan: Plan) -> Iterator[Stage]:
-    stage = Stage(fast_folder, plan.mib)
+def stage(fast_folder: Path, mib: int) -> Iterator[Stage]:
+    stage = Stage(fast_folder, mib)
     yield stage
     stage.clear()
 
@@ -126,7 +116,8 @@ def to(
 def test_receive(
     compare: Any,
     stage: Stage,
-    plan: Plan,
+    mib: int,
+    rounds: int,
     fast_folder_type: str,
     running: QemuSource,
     binary: QemuBinary,
@@ -136,13 +127,14 @@ def test_receive(
     """QEMU to mig, into a file on disk or in memory; beside QEMU to QEMU."""
     ends: Ends = {"mig": (running, to(file)), qemu_name(binary): (running, to("qemu"))}
     folder = "disk" if file == "disk" else fast_folder_type
-    compare_migrations(compare, stage, ends, mib=plan.mib, rounds=plan.rounds, file=folder)
+    compare_migrations(compare, stage, ends, mib=mib, rounds=rounds, file=folder)
 
 
 def test_send(
     compare: Any,
     stage: Stage,
-    plan: Plan,
+    mib: int,
+    rounds: int,
     fast_folder_type: str,
     running: QemuSource,
     binary: QemuBinary,
@@ -152,14 +144,15 @@ def test_send(
     """mig to QEMU, from a file in memory; beside QEMU to QEMU."""
     ends: Ends = {"mig": (MigImage(image), to("qemu")), qemu_name(binary): (running, to("qemu"))}
     folder = fast_folder_type
-    compare_migrations(compare, stage, ends, mib=plan.mib, rounds=plan.rounds, file=folder)
+    compare_migrations(compare, stage, ends, mib=mib, rounds=rounds, file=folder)
 
 
 @pytest.mark.parametrize("destination", ["disk", "memory"])
 def test_both_ends(
     compare: Any,
     stage: Stage,
-    plan: Plan,
+    mib: int,
+    rounds: int,
     fast_folder_type: str,
     running: QemuSource,
     binary: QemuBinary,
@@ -173,4 +166,4 @@ def test_both_ends(
         qemu_name(binary): (running, to("qemu")),
     }
     folder = fast_folder_type
-    compare_migrations(compare, stage, ends, mib=plan.mib, rounds=plan.rounds, file=folder)
+    compare_migrations(compare, stage, ends, mib=mib, rounds=rounds, file=folder)
