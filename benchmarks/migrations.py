@@ -381,12 +381,20 @@ Ends = Mapping[str, tuple[Source, Callable[[], Destination]]]
 
 
 def compare_migrations(
-    compare: Any, stage: Stage, ends: Ends, *, mib: int, rounds: int, file: str = ""
+    compare: Any,
+    stage: Stage,
+    ends: Ends,
+    *,
+    mib: int,
+    rounds: int,
+    warmup: int = 0,
+    file: str = "",
 ) -> None:
     """Compare the migration called mig with the other ones.
 
-    mib:  MiB of the guest's memory that are not zero
-    file: the type of the file system that a file is on, if there is one
+    mib:    MiB of the guest's memory that are not zero
+    warmup: rounds before those that count
+    file:   the type of the file system that a file is on, if there is one
     """
     runs: dict[str, list[Run]] = defaultdict(list)
     waiting: list[str] = []
@@ -405,13 +413,14 @@ def compare_migrations(
         {name: stage.migrate for name in ends if name != "mig"},
         rounds=rounds,
         prepare=prepare,
+        warmup=warmup,
         nbytes=mib << 20,
     )
     collect()
     compare.info["mib"] = mib
     compare.info["folder"] = file
     for name, some in runs.items():
-        _note(compare.info, name, some)
+        _note(compare.info, name, some[warmup:])
     for name in runs.keys() - {"mig"}:
         for figure, faster in (("total", -1), ("throughput", 1)):
             ratio = compare.info[f"{figure} mig"] / compare.info[f"{figure} {name}"]

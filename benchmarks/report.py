@@ -97,7 +97,8 @@ def _rates(benchmarks: list[Benchmark]) -> Iterator[str]:
     yield (
         "What an idle guest's migration puts into a unix socket in each whole second while "
         "max-bandwidth holds it back, as the reader counts it: how far that is from the cap. All "
-        "seconds begin in a pause between two bursts. mig is measured in turn with each QEMU."
+        "seconds begin in a pause between two bursts. A second in which others took the "
+        "processors is short of its bytes. mig is measured in turn with each QEMU."
     )
     yield ""
     rows = []
@@ -108,12 +109,12 @@ def _rates(benchmarks: list[Benchmark]) -> Iterator[str]:
                 [
                     f"{info['cap'] / 1e6:g} MB/s",
                     who if who != "mig" else f"mig, beside {_peers(b)[0]}",
-                    f"{info[f'windows {who}']}",
+                    f"{info[f'kept {who}']} of {info[f'windows {who}']}",
                     f"{100 * info[f'off {who}']:+.2f} %",
                     f"**{100 * info[f'worst {who}']:+.2f} %**",
                 ]
             )
-    yield from _table(["cap", "source", "seconds", "off by, median", "worst"], rows)
+    yield from _table(["cap", "source", "seconds within 2 %", "off by, median", "worst"], rows)
 
 
 def _kernel_row(benchmark: Benchmark, rates: bool, peers: list[str]) -> Iterator[str]:

@@ -39,6 +39,8 @@ _INSTALLED = "installed"
 _QEMU_10 = os.environ.get("MIG_QEMU_10")
 #: one page a second: the threads of an idle guest tick
 _IDLE = 4096
+#: how far from max-bandwidth what is sent in a second may be
+_TOLERANCE = 0.02
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +108,8 @@ def test_idle_guest(
             lambda: QemuDestination(binary, spec, fast_folder, stage.uri),
         ),
     }
-    compare_migrations(compare, stage, ends, mib=mib, rounds=rounds)
+    # QEMU's first takes longer: its emulator has never logged writes before
+    compare_migrations(compare, stage, ends, mib=mib, rounds=rounds, warmup=1)
 
 
 @pytest.mark.parametrize("megabytes", [50, 500, 1000])
@@ -153,3 +156,4 @@ def test_rate_limit(
         compare.info[f"off {name}"] = statistics.median(off)
         compare.info[f"worst {name}"] = max(off, key=abs)
         compare.info[f"windows {name}"] = len(off)
+        compare.info[f"kept {name}"] = sum(abs(part) <= _TOLERANCE for part in off)
