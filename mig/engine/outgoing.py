@@ -13,6 +13,7 @@ from mig.channel import Channel, carries_return_path, connect, parse_uri
 from mig.dirty import DirtyLog
 from mig.engine.blockers import Blockers, Moment, Notifier
 from mig.engine.convergence import Convergence, ConvergencePolicy
+from mig.engine.dirtylimit import DirtyLimit
 from mig.engine.migration import Migration
 from mig.engine.precopy import Precopy
 from mig.engine.rate import RateLimit
@@ -78,6 +79,7 @@ class OutgoingMigration(Migration):
         self._search: PageSearch | None = None
         self._log: DirtyLog | None = None
         self._precopy: Precopy | None = None
+        self._dirty_limit: DirtyLimit | None = None
         self._go_on = threading.Event()
         self._stopped = False
         self._was_running = True
@@ -100,6 +102,10 @@ class OutgoingMigration(Migration):
             configuration and configuration.uuid
         ):
             raise OptionError("capability 'validate-uuid' needs a guest that has a UUID")
+        if Capability.DIRTY_LIMIT in self.capabilities:
+            self._dirty_limit = DirtyLimit.of(
+                self._guest, lambda: self.parameters, self._peer_failed
+            )
         self._uri = uri
         self._blockers.begin()
         try:
@@ -116,6 +122,8 @@ class OutgoingMigration(Migration):
     def query(self) -> MigrationInfo:
         """Return a snapshot of status and statistics."""
         info = replace(super().query(), blocked_reasons=self._blockers.reasons)
+        if self._dirty_limit is not None:
+            info = self._dirty_limit.report(info)
         precopy = self._precopy
         if precopy is None:
             return info
@@ -206,6 +214,7 @@ class OutgoingMigration(Migration):
             throttle=self._guest.throttle,
             may_leave=self._may_switch_over,
             notify=self._notify,
+            on_period=self._dirty_limit.period_over if self._dirty_limit else lambda _: None,
             on_pass=lambda number: self._emit(PassStarted(number)),
             sleep=self._sleep,
         )
@@ -224,6 +233,8 @@ class OutgoingMigration(Migration):
         self._running_bytes = self._writer.offset if self._writer else 0
         self._was_running = self._guest.running
         self._guest.stop()
+        if self._dirty_limit is not None:
+            self._dirty_limit.end()
 
     def _switch_over(self) -> None:
         self._stop_guest()
@@ -273,6 +284,8 @@ class OutgoingMigration(Migration):
                 stack.callback(self._guest.resume)
             if self._precopy is not None and self._precopy.throttle:
                 stack.callback(self._guest.throttle, 0)
+            if self._dirty_limit is not None:
+                stack.callback(self._dirty_limit.end)
             if self._log is not None:
                 stack.callback(self._log.stop)
             for block in self._pinned:

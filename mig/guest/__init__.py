@@ -1,6 +1,6 @@
 """What a migration needs from a guest, and guests: a program's own, and threads that write."""
 
-from mig.guest.base import DestinationGuest, SourceGuest
+from mig.guest.base import DestinationGuest, PerVcpuGuest, SourceGuest, VcpuThrottle
 from mig.guest.kvm import KvmGuest
 from mig.guest.memory import MemoryGuest
 from mig.guest.process import CorruptPage, GuestCounters, GuestReport, ProcessGuest
@@ -12,6 +12,8 @@ __all__ = [
     "GuestReport",
     "KvmGuest",
     "MemoryGuest",
+    "PerVcpuGuest",
     "ProcessGuest",
     "SourceGuest",
+    "VcpuThrottle",
 ]

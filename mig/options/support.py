@@ -9,6 +9,7 @@ from mig.options.capability import Capability
 OUTGOING_CAPABILITIES: Final = frozenset(
     {
         Capability.AUTO_CONVERGE,
+        Capability.DIRTY_LIMIT,
         Capability.PAUSE_BEFORE_SWITCHOVER,
         Capability.RETURN_PATH,
         Capability.SWITCHOVER_ACK,
@@ -33,6 +34,8 @@ SUPPORTED_PARAMETERS: Final = frozenset(
         "max-cpu-throttle",
         "mode",
         "throttle-trigger-threshold",
+        "vcpu-dirty-limit",
+        "x-vcpu-dirty-limit-period",
         "zero-page-detection",
     }
 )
