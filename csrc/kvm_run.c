@@ -33,12 +33,14 @@ static struct timespec timespec_of(int64_t ns)
     return (struct timespec){.tv_sec = ns / 1000000000, .tv_nsec = ns % 1000000000};
 }
 
+/* Under the lock. One that is parked looks at what there is to do before it runs: kicks would only
+ * pile up. */
 static void kick(struct mig_kvm_vcpu *vcpu)
 {
     union sigval mark = {.sival_ptr = vcpu};
 
     /* out of room for signals (RLIMIT_SIGPENDING): a kick must not be lost */
-    while (vcpu->has_thread
+    while (!vcpu->parked
            && pthread_sigqueue(vcpu->thread, vcpu->vm->kick_signal, mark) == EAGAIN) {
         sched_yield();
     }
@@ -354,7 +356,7 @@ void mig_kvm_limit(struct mig_kvm *vm, unsigned index, unsigned share)
 
     pthread_mutex_lock(&vm->lock);
     vcpu->limit = share;
-    if (!vcpu->parked && !vcpu->slice_end) {
+    if (!vcpu->slice_end) {
         kick(vcpu); /* it has no slice to come to the end of */
     }
     pthread_cond_broadcast(&vm->changed);
@@ -370,9 +372,7 @@ void mig_kvm_kick(struct mig_kvm *vm)
     for (unsigned i = 0; i < vm->nvcpus; i++) {
         before[i] = vm->vcpus[i].exits;
         inside[i] = !vm->vcpus[i].parked;
-        if (inside[i]) {
-            kick(vm->vcpus + i);
-        }
+        kick(vm->vcpus + i);
     }
     /* one that was out may go in meanwhile, and nobody has kicked it */
     for (unsigned i = 0; i < vm->nvcpus; i++) {

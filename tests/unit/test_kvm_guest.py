@@ -314,6 +314,27 @@ def kick_until(stop: threading.Event, guest: KvmGuest) -> None:
         guest._vm.collect()
 
 
+def test_kicks_do_not_pile_up(make):
+    """The kernel keeps so many signals for a user, and no more."""
+    limit = resource.getrlimit(resource.RLIMIT_SIGPENDING)
+    guest = make(vcpus=2)
+    guest.boot()
+    resource.setrlimit(resource.RLIMIT_SIGPENDING, (min(limit[1], 300), limit[1]))
+    try:
+        for percent in range(1000):
+            guest.throttle(percent % 2)
+        guest.throttle(0)
+        guest.resume()
+        for percent in range(1000):
+            guest.throttle(percent % 2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_SIGPENDING, limit)
+    guest.throttle(0)
+    assert guest.wait_heartbeats(1, FOREVER)
+    guest.stop()
+    assert guest.verify() == []
+
+
 #: every thread keeps the signal for somebody who reads it, as signalfd wants it
 _READER = """
 import os, signal
