@@ -51,6 +51,7 @@ struct mig_kvm_vcpu {
     int64_t slice_end, nap_end; /* monotonic ns; 0: none */
     /* under vm->lock */
     bool parked; /* not in KVM_RUN, and looks at vm->run before it goes there */
+    bool kicked; /* since it left KVM_RUN last */
     uint64_t exits;
     unsigned limit;
     struct mig_kvm_counters counters;

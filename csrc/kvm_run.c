@@ -33,15 +33,18 @@ static struct timespec timespec_of(int64_t ns)
     return (struct timespec){.tv_sec = ns / 1000000000, .tv_nsec = ns % 1000000000};
 }
 
-/* Under the lock. One that is parked looks at what there is to do before it runs: kicks would only
- * pile up. */
+/* Under the lock. One that is parked looks at what there is to do before it runs, and one kick is
+ * enough until it has: more would only pile up. */
 static void kick(struct mig_kvm_vcpu *vcpu)
 {
     union sigval mark = {.sival_ptr = vcpu};
 
+    if (vcpu->parked || vcpu->kicked) {
+        return;
+    }
+    vcpu->kicked = true;
     /* out of room for signals (RLIMIT_SIGPENDING): a kick must not be lost */
-    while (!vcpu->parked
-           && pthread_sigqueue(vcpu->thread, vcpu->vm->kick_signal, mark) == EAGAIN) {
+    while (pthread_sigqueue(vcpu->thread, vcpu->vm->kick_signal, mark) == EAGAIN) {
         sched_yield();
     }
 }
@@ -243,6 +246,7 @@ static void *vcpu_main(void *opaque)
         run_until_kicked(vcpu);
         pthread_mutex_lock(&vm->lock);
         vcpu->exits++;
+        vcpu->kicked = false;
         end_slice(vcpu);
     }
     pthread_mutex_unlock(&vm->lock);

@@ -77,7 +77,7 @@ class PerVcpuGuest(Protocol):
     """What a SourceGuest may have besides: capability dirty-limit needs it."""
 
     def vcpu_throttle(self) -> VcpuThrottle | None:
-        """Return the vCPUs, None where they cannot be told apart."""
+        """Return the vCPUs, None where they cannot be told apart. Called by who starts it."""
 
 
 class DestinationGuest(LoadTarget, Protocol):
