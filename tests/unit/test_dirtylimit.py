@@ -392,6 +392,24 @@ def test_however_it_ends_every_vcpu_is_let_go(made, short_periods, end):
     assert not [t for t in threading.enumerate() if t.name == "mig-dirty-limit"]
 
 
+def test_nobody_is_slowed_down_or_measured_once_the_guest_stands_still(made, short_periods):
+    log = Restless()
+    vcpus = Machine(log)
+    source, target = box_with(vcpus, log), Box()
+    incoming = made.incoming(target.guest)
+    incoming.listen("tcp:127.0.0.1:0")
+    capabilities = {"dirty-limit", "return-path", "pause-before-switchover"}
+    outgoing = made.outgoing(source.guest, **{**OPTIONS, "capabilities": capabilities})
+    outgoing.start(incoming.uri)
+    await_that(lambda: outgoing.status == Status.PRE_SWITCHOVER, "the pause")
+    assert vcpus.shares == [0.0, 0.0]
+    vcpus.dirty_pages = lambda: 1 // 0
+    assert outgoing.query().dirty_limit_throttle_time_per_round > 0
+    outgoing.migrate_continue()
+    assert outgoing.wait(FOREVER)
+    assert incoming.wait(FOREVER)
+
+
 def test_limits_may_change_while_it_runs(made, short_periods):
     log = Restless()
     vcpus = Machine(log, quiet_when_slow=False)
