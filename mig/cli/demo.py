@@ -110,7 +110,9 @@ def demo(
 
     Capability return-path is on, and parameter max-bandwidth 0 (no limit), unless given.
     """
-    log, reason = ("kvm", None) if guest == "kvm" else best_log(dirty_log)
+    chosen = {"return-path": True, **parse_capabilities(capabilities)}
+    of_kvm = "ring" if chosen.get("dirty-limit") else "kvm"
+    log, reason = (of_kvm, None) if guest == "kvm" else best_log(dirty_log)
     if reason is not None:
         say(f"writes are {log}: {reason}")
     options = Options(
@@ -126,7 +128,7 @@ def demo(
     try:
         job = Demo(
             options,
-            capabilities={"return-path": True, **parse_capabilities(capabilities)},
+            capabilities=chosen,
             parameters={"max-bandwidth": 0, **parse_parameters(parameters)},
             on_start=display.shown_for,
             on_look=display.show,

@@ -22,6 +22,29 @@ class Period:
     sent: int
 
 
+class Trigger:
+    """Tells when a guest dirties too much: at every second period in which it does.
+
+    Too much is more than ``throttle-trigger-threshold`` percent of what is sent.
+    """
+
+    def __init__(self) -> None:
+        self._high = 0
+
+    @staticmethod
+    def allowed(period: Period, parameters: Parameters) -> int:
+        """Return the bytes that may become dirty in the period."""
+        return period.sent * parameters.throttle_trigger_threshold // 100
+
+    def fires(self, period: Period, parameters: Parameters) -> bool:
+        """Count the period, and say whether something is to be done."""
+        self._high += period.dirty > self.allowed(period, parameters)
+        if self._high < 2:
+            return False
+        self._high = 0
+        return True
+
+
 class ConvergencePolicy(Protocol):
     """What an outgoing migration asks while the guest runs. Called by its own thread."""
 
@@ -61,7 +84,7 @@ class Convergence:
     def __init__(self, parameters: Callable[[], Parameters], *, auto_converge: bool) -> None:
         self._parameters = parameters
         self._auto_converge = auto_converge
-        self._high = 0
+        self._trigger = Trigger()
         self._throttle = 0
         #: bytes of stream per second, as it was measured last
         self.bandwidth = 0.0
@@ -86,19 +109,14 @@ class Convergence:
     def throttle(self, period: Period) -> int | None:
         """Slow the guest down at every second period in which it dirties too much."""
         parameters = self._parameters()
-        allowed = period.sent * parameters.throttle_trigger_threshold // 100
-        if period.dirty <= allowed:
+        if not self._auto_converge or not self._trigger.fires(period, parameters):
             return None
-        self._high += 1
-        if self._high < 2 or not self._auto_converge:
-            return None
-        self._high = 0
         if not self._throttle:
             step = parameters.cpu_throttle_initial
         elif parameters.cpu_throttle_tailslow:
             # no more than would bring the rate down to what is allowed
             running = 100 - self._throttle
-            ideal = int(running * allowed / period.dirty)
+            ideal = int(running * self._trigger.allowed(period, parameters) / period.dirty)
             step = min(running - ideal, parameters.cpu_throttle_increment)
         else:
             step = parameters.cpu_throttle_increment

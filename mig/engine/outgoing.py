@@ -19,6 +19,7 @@ from mig.channel import (
 from mig.dirty import DirtyLog
 from mig.engine.blockers import Blockers, Moment, Notifier
 from mig.engine.convergence import Convergence, ConvergencePolicy
+from mig.engine.dirtylimit import DirtyLimit
 from mig.engine.migration import Migration
 from mig.engine.outlanes import OutgoingLanes, open_lanes
 from mig.engine.precopy import Precopy
@@ -90,6 +91,7 @@ class OutgoingMigration(Migration):
         self._precopy: Precopy | None = None
         self._saver: RamSaver | None = None
         self._lanes: OutgoingLanes | None = None
+        self._dirty_limit: DirtyLimit | None = None
         self._go_on = threading.Event()
         self._stopped = False
         self._was_running = True
@@ -114,6 +116,10 @@ class OutgoingMigration(Migration):
             configuration and configuration.uuid
         ):
             raise OptionError("capability 'validate-uuid' needs a guest that has a UUID")
+        if Capability.DIRTY_LIMIT in self.capabilities:
+            self._dirty_limit = DirtyLimit.of(
+                self._guest, lambda: self.parameters, self._peer_failed
+            )
         self._uri = uri
         self._blockers.begin()
         try:
@@ -130,6 +136,8 @@ class OutgoingMigration(Migration):
     def query(self) -> MigrationInfo:
         """Return a snapshot of status and statistics."""
         info = replace(super().query(), blocked_reasons=self._blockers.reasons)
+        if self._dirty_limit is not None:
+            info = self._dirty_limit.report(info)
         precopy = self._precopy
         if precopy is None:
             return info
@@ -243,6 +251,7 @@ class OutgoingMigration(Migration):
             throttle=self._guest.throttle,
             may_leave=self._may_switch_over,
             notify=self._notify,
+            on_period=self._dirty_limit.period_over if self._dirty_limit else lambda _: None,
             on_pass=lambda number: self._emit(PassStarted(number)),
             sleep=self._sleep,
         )
@@ -261,6 +270,8 @@ class OutgoingMigration(Migration):
         self._running_bytes = self._saver.nbytes if self._saver else 0
         self._was_running = self._guest.running
         self._guest.stop()
+        if self._dirty_limit is not None:
+            self._dirty_limit.end()
 
     def _switch_over(self) -> None:
         self._stop_guest()
@@ -312,6 +323,8 @@ class OutgoingMigration(Migration):
                 stack.callback(self._guest.resume)
             if self._precopy is not None and self._precopy.throttle:
                 stack.callback(self._guest.throttle, 0)
+            if self._dirty_limit is not None:
+                stack.callback(self._dirty_limit.end)
             if self._log is not None:
                 stack.callback(self._log.stop)
             for block in self._pinned:

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 
 from mig.engine.blockers import Moment
-from mig.engine.convergence import ConvergencePolicy, DirtyRate
+from mig.engine.convergence import ConvergencePolicy, DirtyRate, Period
 from mig.engine.rate import RateLimit
 from mig.ram.save import RamSaver
 from mig.ram.search import MAX_BATCH, PageSearch
@@ -25,6 +25,7 @@ class Precopy:
     throttle:  slows the guest down to a percentage of its time
     may_leave: whether the destination agrees to the switchover
     notify:    told of each sync of the bitmap
+    on_period: told of each period of a second or more in which the guest runs
     on_pass:   told the number of each pass over dirty memory, before it begins
     sleep:     waits so many seconds, or raises when the migration is cancelled
     """
@@ -39,6 +40,7 @@ class Precopy:
         throttle: Callable[[int], None],
         may_leave: Callable[[], bool],
         notify: Callable[[Moment], None],
+        on_period: Callable[[Period], None],
         on_pass: Callable[[int], None],
         sleep: Callable[[float], None],
     ) -> None:
@@ -49,6 +51,7 @@ class Precopy:
         self._throttle_guest = throttle
         self._may_leave = may_leave
         self._notify = notify
+        self._on_period = on_period
         self._on_pass = on_pass
         self._sleep = sleep
         self._page_size = search.blocks[0].pages.page_size if search.blocks else 1
@@ -96,6 +99,7 @@ class Precopy:
         period = self._dirty_rate.synced(fresh, time.monotonic(), self._saver.nbytes)
         if period is None or not guest_runs:
             return
+        self._on_period(period)
         percent = self._policy.throttle(period)
         if percent is not None and percent != self.throttle:
             self.throttle = percent

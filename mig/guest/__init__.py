@@ -1,6 +1,12 @@
 """What a migration needs from a guest, and guests: a program's own, and threads that write."""
 
-from mig.guest.base import DestinationGuest, LaneTarget, SourceGuest
+from mig.guest.base import (
+    DestinationGuest,
+    LaneTarget,
+    PerVcpuGuest,
+    SourceGuest,
+    VcpuThrottle,
+)
 from mig.guest.kvm import KvmGuest
 from mig.guest.memory import MemoryGuest
 from mig.guest.process import CorruptPage, GuestCounters, GuestReport, ProcessGuest
@@ -13,6 +19,8 @@ __all__ = [
     "KvmGuest",
     "LaneTarget",
     "MemoryGuest",
+    "PerVcpuGuest",
     "ProcessGuest",
     "SourceGuest",
+    "VcpuThrottle",
 ]

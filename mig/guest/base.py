@@ -52,6 +52,35 @@ class SourceGuest(Protocol):
         """Return the device sections, EOF and description. Called after stop()."""
 
 
+class VcpuThrottle(Protocol):
+    """vCPUs whose writes are counted, and which are slowed down, one by one. Any thread."""
+
+    @property
+    def page_size(self) -> int:
+        """Bytes of the pages that are counted."""
+
+    @property
+    def round_pages(self) -> int:
+        """Entries of a vCPU's dirty ring; for statistics alone."""
+
+    def dirty_pages(self) -> Sequence[int]:
+        """Return how many pages each vCPU has made dirty up to now; only differences matter."""
+
+    def throttle_vcpu(self, vcpu: int, share: float) -> None:
+        """Make a vCPU stand still for this share of its time, 0 to 0.99.
+
+        In turns of no more than 0.1 s or so: shares are chosen by what is written in 0.3 s.
+        """
+
+
+@runtime_checkable
+class PerVcpuGuest(Protocol):
+    """What a SourceGuest may have besides: capability dirty-limit needs it."""
+
+    def vcpu_throttle(self) -> VcpuThrottle | None:
+        """Return the vCPUs, None where they cannot be told apart. Called by who starts it."""
+
+
 class DestinationGuest(LoadTarget, Protocol):
     """A guest that can be received. All methods are called by the migration's own thread.
 

@@ -10,6 +10,7 @@ OUTGOING_CAPABILITIES: Final = frozenset(
     {
         Capability.AUTO_CONVERGE,
         Capability.MULTIFD,
+        Capability.DIRTY_LIMIT,
         Capability.PAUSE_BEFORE_SWITCHOVER,
         Capability.RETURN_PATH,
         Capability.SWITCHOVER_ACK,
@@ -44,6 +45,8 @@ SUPPORTED_PARAMETERS: Final = frozenset(
         "multifd-zlib-level",
         "multifd-zstd-level",
         "throttle-trigger-threshold",
+        "vcpu-dirty-limit",
+        "x-vcpu-dirty-limit-period",
         "zero-page-detection",
     }
 )
