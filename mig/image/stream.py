@@ -30,6 +30,7 @@ class BlockSummary:
     """What an image holds of one RAM block, in pages.
 
     data: pages with contents; zero: pages known to be zero; missing: pages never sent
+    address: guest-physical, in a stream with x-ignore-shared; None in any other
     """
 
     idstr: str
@@ -37,6 +38,12 @@ class BlockSummary:
     data: int
     zero: int
     missing: int
+    address: int | None = None
+
+    @property
+    def ignored(self) -> bool:
+        """Whether the block was left out because its memory is shared (x-ignore-shared)."""
+        return self.address is not None and not (self.data or self.zero)
 
 
 class _Index:
@@ -121,7 +128,12 @@ class StreamImage:
             reader = StreamReader(data=stream)
             try:
                 StreamLoader(
-                    reader, index, on_command=_ignore, counters=counters, page_size=page_size
+                    reader,
+                    index,
+                    on_command=_ignore,
+                    counters=counters,
+                    page_size=page_size,
+                    capabilities=None,
                 ).run()
             finally:
                 # an error's traceback holds the reader
@@ -149,7 +161,9 @@ class StreamImage:
             data = int(np.count_nonzero(places > 0))
             zero = int(np.count_nonzero(places == _core.PAGE_ZERO))
             missing = len(places) - data - zero
-            out.append(BlockSummary(block.idstr, block.used_length, data, zero, missing))
+            out.append(
+                BlockSummary(block.idstr, block.used_length, data, zero, missing, block.address)
+            )
         return tuple(out)
 
     @property
@@ -187,7 +201,18 @@ class StreamImage:
             dirty = _core.Bitmap(len(places))
             bits = np.packbits(places != _core.PAGE_NONE, bitorder="little")
             np.asarray(dirty).view(np.uint8)[: len(bits)] = bits
-            out.append(SourceBlock(block.idstr, block.used_length, pages, False, dirty))
+            out.append(
+                SourceBlock(
+                    block.idstr,
+                    block.used_length,
+                    pages,
+                    detect_zero=False,
+                    dirty=dirty,
+                    # left out once, left out again
+                    shared=block.address is not None and not bits.any(),
+                    address=block.address,
+                )
+            )
         return out
 
     def dirty_log(self) -> DirtyLog | None:

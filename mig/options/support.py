@@ -13,10 +13,16 @@ OUTGOING_CAPABILITIES: Final = frozenset(
         Capability.RETURN_PATH,
         Capability.SWITCHOVER_ACK,
         Capability.VALIDATE_UUID,
+        Capability.X_IGNORE_SHARED,
     }
 )
 INCOMING_CAPABILITIES: Final = frozenset(
-    {Capability.RETURN_PATH, Capability.SWITCHOVER_ACK, Capability.VALIDATE_UUID}
+    {
+        Capability.RETURN_PATH,
+        Capability.SWITCHOVER_ACK,
+        Capability.VALIDATE_UUID,
+        Capability.X_IGNORE_SHARED,
+    }
 )
 
 #: QMP names of the parameters that may differ from their defaults

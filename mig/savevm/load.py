@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Final, Protocol
 
-from mig.errors import IdleTimeoutError, MismatchError, UnsupportedError
+from mig.errors import IdleTimeoutError, MismatchError, StreamError, UnsupportedError
+from mig.options.capability import CAPABILITIES, Capability
 from mig.ram.load import PageSink, RamLoader
 from mig.records import Command, Configuration, FileHeader, SectionHeader
 from mig.savevm.devices import DeviceState, DeviceTail
@@ -36,6 +37,7 @@ _COMMAND_CAPABILITY: Final = {
     CommandType.ENABLE_COLO: "x-colo",
 }
 _SECTION_CAPABILITY: Final = {"dirty-bitmap": "dirty-bitmaps", "block": "block"}
+_ON: Final = {True: "on", False: "off"}
 
 
 class LoadTarget(PageSink, Protocol):
@@ -59,6 +61,7 @@ class StreamLoader:
 
     on_command: told of every OPEN_RETURN_PATH and PING
     page_size:  target page size where the stream does not name it
+    capabilities: those that are on here; None: take the stream as it is
 
     Matches qemu_loadvm_state(); unlike QEMU it takes the device state as a whole.
     """
@@ -71,12 +74,16 @@ class StreamLoader:
         on_command: Callable[[Command], None],
         counters: RamCounters | None = None,
         page_size: int = 1 << DEFAULT_PAGE_BITS,
+        capabilities: Collection[Capability] | None = (),
     ) -> None:
         self._reader = reader
         self._target = target
         self._on_command = on_command
         self._page_size = page_size
         self._counters = counters or RamCounters()
+        self._capabilities = capabilities
+        # what the stream is read with when it does not say
+        self._ignore_shared = Capability.X_IGNORE_SHARED in (capabilities or ())
         self._ram: RamLoader | None = None
         self._ram_id = -1
         self._ram_ended = False
@@ -112,12 +119,35 @@ class StreamLoader:
             configuration = Configuration.read(reader)
             if configuration.page_bits is not None:
                 self._page_size = configuration.page_size
-            for name in configuration.capabilities or ():
-                raise UnsupportedError(
-                    f"the stream needs {name}", capability=name, offset=at, section="configuration"
-                )
+            with self._located(at, "configuration"):
+                self._agree(configuration.capabilities or (), at)
         with self._located(at, "configuration"):
             self._target.configure(configuration)
+
+    def _agree(self, theirs: tuple[str, ...], at: int) -> None:
+        """Capabilities that change the stream must be the same here.
+
+        Matches configuration_validate_capabilities(), which looks at no others.
+        """
+        for name in theirs:
+            if name not in CAPABILITIES:
+                raise StreamError(
+                    f"Received unknown capability {name}", offset=at, section="configuration"
+                )
+        if Capability.MAPPED_RAM in theirs:
+            raise UnsupportedError(
+                "the stream needs mapped-ram",
+                capability=Capability.MAPPED_RAM,
+                offset=at,
+                section="configuration",
+            )
+        received = Capability.X_IGNORE_SHARED in theirs
+        if self._capabilities is not None and received != self._ignore_shared:
+            raise MismatchError(
+                f"Capability {Capability.X_IGNORE_SHARED} is {_ON[self._ignore_shared]}, "
+                f"but received capability is {_ON[received]}"
+            )
+        self._ignore_shared = received
 
     # ---- sections and commands up to the end of RAM -----------------------------------------
 
@@ -160,7 +190,13 @@ class StreamLoader:
             raise reader.error("RAM is started twice", offset=at)
         if header.version_id != RAM_VERSION:
             raise reader.error(f"RAM of version {header.version_id}", offset=at)
-        self._ram = RamLoader(reader, self._target, self._page_size, self._counters)
+        self._ram = RamLoader(
+            reader,
+            self._target,
+            self._page_size,
+            self._counters,
+            addresses=self._ignore_shared,
+        )
         self._ram_id = header.section_id
         self._ram.load_payload()
         self._footer()
