@@ -15,6 +15,7 @@ from mig import _core
 from mig.channel.uri import FileUri, parse_uri
 from mig.dirty import DirtyLog
 from mig.errors import ChannelError, OptionError, TruncatedError
+from mig.options import Capability
 from mig.pages import PagePlaces
 from mig.ram.search import SourceBlock
 from mig.records import BlockInfo, Command, Configuration
@@ -147,6 +148,12 @@ class StreamImage:
     def machine(self) -> str | None:
         """Machine type, None when the stream does not say."""
         return self.configuration.machine if self.configuration else None
+
+    @property
+    def ignores_shared(self) -> bool:
+        """Whether it was sent with capability x-ignore-shared, and must be sent so again."""
+        named = self.configuration.capabilities if self.configuration else None
+        return Capability.X_IGNORE_SHARED in (named or ())
 
     @property
     def page_size(self) -> int:

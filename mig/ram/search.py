@@ -29,7 +29,7 @@ class SourceBlock:
                  read nor sent, whatever the dirty log says (QEMU's RamDiscardManager)
     shared:      the destination has the same memory: not sent with capability x-ignore-shared
     address:     where it stands in guest-physical memory, None when unknown
-    host_page_size: bytes, a power of two; the target pages of a host page are sent one after another
+    host_page_size: bytes, a power of two; what is dirty in a host page is sent in one go
     """
 
     idstr: str
