@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 
 def host_page_of(page: int, per_host_page: int) -> int:
     return page // per_host_page
@@ -23,9 +25,7 @@ def order(dirty: list[set[int]], per_host_page: list[int]) -> list[tuple[int, in
 def splits(batches: list[tuple[int, list[int]]], per_host_page: list[int]) -> list[int]:
     """Batches that end within a host page which the next one goes on with."""
     out = []
-    for i, ((block, pages), (after, following)) in enumerate(
-        zip(batches, batches[1:], strict=False)
-    ):
+    for i, ((block, pages), (after, following)) in enumerate(pairwise(batches)):
         n = per_host_page[block]
         if block == after and host_page_of(pages[-1], n) == host_page_of(following[0], n):
             out.append(i)

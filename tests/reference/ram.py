@@ -55,7 +55,7 @@ def eos() -> bytes:
 
 
 def block_list(blocks: dict[str, int], addresses: dict[str, int] | None = None) -> bytes:
-    """The MEM_SIZE record of blocks given as {name: bytes}; with x-ignore-shared {name: address}."""
+    """The MEM_SIZE record of blocks given as {name: bytes}; {name: address} where there are."""
     out = be64(sum(blocks.values()) + MEM_SIZE)
     for name, nbytes in blocks.items():
         out += bytes([len(name)]) + name.encode() + be64(nbytes)
