@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from mig import _core
-from mig.dirty import DirtyLog
+from mig.dirty.log import DirtyLog
 from mig.errors import OptionError
 from mig.pages import HOST_PAGE_SIZE, PageIndex
 
