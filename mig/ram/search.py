@@ -151,8 +151,9 @@ class PageSearch:
             block = self.blocks[self._block]
             n = block.dirty.take(self._page, room)
             if n:
-                index = self._index[: n + self._finish_host_page(block, n)]
-                n = len(index)
+                if block.host_page_size > block.pages.page_size:
+                    n += self._finish_host_page(block, n)
+                index = self._index[:n]
                 self._page = int(index[-1]) + 1
                 self.remaining -= n * block.pages.page_size
                 if self._uncleared:
