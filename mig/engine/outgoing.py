@@ -21,6 +21,7 @@ from mig.errors import ChannelError, IdleTimeoutError, MigError, OptionError
 from mig.events import Event, PassStarted
 from mig.guest import SourceGuest
 from mig.options import OUTGOING_CAPABILITIES, Capability, MigMode, Options, ZeroPageDetection
+from mig.ram.encode import PlainEncoder, RecordWriter, ZeroFinder
 from mig.ram.save import RamSaver
 from mig.ram.search import PageSearch, SourceBlock
 from mig.records import Command, FileHeader
@@ -158,9 +159,8 @@ class OutgoingMigration(Migration):
             self._pinned.append(block)
         self._start_dirty_log()
         search = self._search = PageSearch(blocks, self._log, ignore_shared=self._ignores_shared)
-        saver = RamSaver(
-            writer, search, self._guest.ram_section_id, self._counters, self._detects_zero
-        )
+        encoder = PlainEncoder(RecordWriter(writer), ZeroFinder(self._detects_zero), self._counters)
+        saver = RamSaver(writer, search, encoder, self._guest.ram_section_id, self._counters)
         saver.footers = self._guest.footers
         self._send_setup(channel, writer, saver)
         precopy = self._precopy = self._prepare_precopy(writer, search, saver)

@@ -128,6 +128,7 @@ class Precopy:
 
     def _begin_pass(self) -> None:
         self.passes += 1
+        self._saver.begin_pass()
         self._on_pass(self.passes)
 
     def _may_stop_guest(self) -> bool:

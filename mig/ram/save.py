@@ -1,11 +1,10 @@
-"""Saving the `ram` section: block list, then batches of page records."""
+"""Saving the `ram` section: block list, then batches of pages."""
 
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable
 
-from mig import _core
+from mig.ram.encode import PageEncoder
 from mig.ram.search import PageBatch, PageSearch
 from mig.records import BlockInfo, BlockList, SectionHeader, encode_continuation, encode_footer
 from mig.stats import RamCounters
@@ -16,27 +15,21 @@ _EOS = struct.pack(">Q", RamFlag.EOS)
 
 
 class RamSaver:
-    """Writes the sections of `ram` into one stream; matches ram_save_setup/iterate/complete().
-
-    The block that the stream is in is remembered over sections, as the receiver does.
-
-    detects_zero: whether to look for zero pages now; those that are known to be are sent as such
-    """
+    """Writes the sections of `ram` into one stream; matches ram_save_setup/iterate/complete()."""
 
     def __init__(
         self,
         writer: StreamWriter,
         search: PageSearch,
+        encoder: PageEncoder,
         section_id: int,
         counters: RamCounters,
-        detects_zero: Callable[[], bool] = lambda: True,
     ) -> None:
         self._writer = writer
         self._search = search
+        self._encoder = encoder
         self._section_id = section_id
         self._counters = counters
-        self._detects_zero = detects_zero
-        self._current: str | None = None
         #: whether sections end with footers
         self.footers = True
 
@@ -58,14 +51,14 @@ class RamSaver:
     def part(self, batch: PageBatch) -> None:
         """SECTION_PART with one batch."""
         self._writer.put(encode_continuation(SectionType.PART, self._section_id))
-        self._put(batch)
+        self._encoder.encode(batch)
         self._end_section()
 
     def end(self) -> None:
         """SECTION_END with every page that is still dirty."""
         self._writer.put(encode_continuation(SectionType.END, self._section_id))
         while batch := self._search.next_batch():
-            self._put(batch)
+            self._encoder.encode(batch)
         self._end_section()
 
     @property
@@ -73,19 +66,12 @@ class RamSaver:
         """Page records so far."""
         return self._counters.normal + self._counters.fill
 
-    def _put(self, batch: PageBatch) -> None:
-        block = batch.block
-        zero, nzero = None, 0
-        if block.detect_zero and self._detects_zero():
-            zero, nzero = _core.KERNELS.zero_pages(block.pages, batch.index)
-        else:
-            nzero = len(batch.index) - block.pages.count_stored(batch.index)
-        name = None if self._current == block.idstr else block.idstr.encode("ascii")
-        self._writer.put_pages(block.pages, name, batch.index, zero)
-        self._current = block.idstr
-        self._counters.add(len(batch.index), nzero)
+    def begin_pass(self) -> None:
+        """The dirty log was synced."""
+        self._encoder.begin_pass()
 
     def _end_section(self) -> None:
+        self._encoder.end_section()
         self._writer.put(_EOS)
         if self.footers:
             self._writer.put(encode_footer(self._section_id))

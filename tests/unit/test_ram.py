@@ -14,6 +14,7 @@ from reference.ram import Record
 
 from mig import _core
 from mig.errors import MismatchError, StreamError, TruncatedError, UnsupportedError
+from mig.ram.encode import PlainEncoder, RecordWriter, ZeroFinder
 from mig.ram.load import RamLoader
 from mig.ram.save import RamSaver
 from mig.ram.search import MAX_BATCH, PageSearch, SourceBlock
@@ -237,7 +238,12 @@ def saver_of(
 ) -> tuple[RamSaver, PageSearch, Collector, StreamWriter]:
     sink, search = Collector(), PageSearch(blocks, log)
     writer = StreamWriter(sink)
-    return RamSaver(writer, search, SECTION, RamCounters()), search, sink, writer
+    return plain_saver(writer, search, RamCounters()), search, sink, writer
+
+
+def plain_saver(writer: StreamWriter, search: PageSearch, counters: RamCounters) -> RamSaver:
+    encoder = PlainEncoder(RecordWriter(writer), ZeroFinder(lambda: True), counters)
+    return RamSaver(writer, search, encoder, SECTION, counters)
 
 
 def test_the_start_section_is_the_block_list():
@@ -268,7 +274,7 @@ def test_known_zero_pages_are_not_looked_at():
     block = SourceBlock("a", 2 * PAGE, pages, False, _core.Bitmap(2, fill=True))
     counters, sink = RamCounters(), Collector()
     writer = StreamWriter(sink)
-    RamSaver(writer, PageSearch([block]), SECTION, counters).end()
+    plain_saver(writer, PageSearch([block]), counters).end()
     writer.flush()
     payload = ram.encode([Record(b"a", 0, bytes(PAGE)), Record(b"a", 1, 0)], PAGE)
     assert sink.sent == stream.ram_more(3, SECTION, payload) + stream.footer(SECTION)

@@ -1,0 +1,82 @@
+"""Page encoders: what becomes of a batch of dirty pages."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+from mig import _core
+from mig.pages import PageIndex
+from mig.ram.search import PageBatch, SourceBlock
+from mig.stats import RamCounters
+from mig.stream.writer import StreamWriter
+
+
+class PageEncoder(Protocol):
+    """Sends batches of pages, on the main stream or beside it."""
+
+    def encode(self, batch: PageBatch) -> None:
+        """Send the batch; a section of `ram` is open."""
+
+    def end_section(self) -> None:
+        """The section that is open is about to end."""
+
+    def begin_pass(self) -> None:
+        """The dirty log was synced: pages that were sent before may be sent again."""
+
+
+class RecordWriter:
+    """Writes the page records of one stream, which remembers its block over sections."""
+
+    def __init__(self, writer: StreamWriter) -> None:
+        self.writer = writer
+        self._current: str | None = None
+
+    def name(self, block: SourceBlock) -> bytes | None:
+        """Return what the next record has to name: the block, or None when the stream is in it."""
+        if self._current == block.idstr:
+            return None
+        self._current = block.idstr
+        return block.idstr.encode("ascii")
+
+    def put(self, block: SourceBlock, index: PageIndex, zero: _core.Bitmap | None) -> None:
+        """PAGE and ZERO records of pages ``index``; bit i of ``zero``: page index[i] is zero."""
+        self.writer.put_pages(block.pages, self.name(block), index, zero)
+
+
+class ZeroFinder:
+    """Finds the zero pages of a batch.
+
+    enabled: whether to look for them now; pages that are known to be zero are always found
+    """
+
+    def __init__(self, enabled: Callable[[], bool]) -> None:
+        self._enabled = enabled
+
+    def find(self, batch: PageBatch) -> tuple[_core.Bitmap | None, int]:
+        """Return a bit for each page of the batch (None: not looked at), and how many are zero."""
+        block = batch.block
+        if block.detect_zero and self._enabled():
+            return _core.KERNELS.zero_pages(block.pages, batch.index)
+        return None, len(batch.index) - block.pages.count_stored(batch.index)
+
+
+class PlainEncoder:
+    """Whole pages and zero pages; matches save_zero_page() and save_normal_page()."""
+
+    def __init__(self, records: RecordWriter, zeros: ZeroFinder, counters: RamCounters) -> None:
+        self._records = records
+        self._zeros = zeros
+        self._counters = counters
+
+    def encode(self, batch: PageBatch) -> None:
+        """PAGE and ZERO records."""
+        zero, nzero = self._zeros.find(batch)
+        self._records.put(batch.block, batch.index, zero)
+        self._counters.add(len(batch.index), nzero)
+
+    def end_section(self) -> None:
+        """Nothing is kept back."""
+
+    def begin_pass(self) -> None:
+        """Every pass is alike."""
