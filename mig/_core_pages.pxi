@@ -1,4 +1,26 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
+cdef extern from "<sys/vfs.h>" nogil:
+    struct statfs_result "statfs":
+        uint64_t f_type
+        uint64_t f_bsize
+    int fstatfs(int fd, statfs_result *result)
+
+cdef extern from "<linux/magic.h>":
+    enum:
+        HUGETLBFS_MAGIC
+
+
+def fd_page_size(int fd):
+    """Bytes of the host's pages that memory mapped from ``fd`` is made of; OSError.
+
+    A file on hugetlbfs has the page size of its mount, any other the host's: the block size of
+    other file systems is no page size.
+    """
+    cdef statfs_result found
+    if fstatfs(fd, &found) < 0:
+        raise OSError(errno, _os.strerror(errno))
+    return found.f_bsize if found.f_type == HUGETLBFS_MAGIC else _mmap.PAGESIZE
+
 
 cdef page_numbers(index):
     """A copy of page numbers as uint64: they stay what they were when they were checked."""

@@ -17,7 +17,7 @@ from mig.state import Status
 class RamCounters:
     """Counts of one migration, written by its engine thread only.
 
-    total:   bytes of RAM in the block list
+    total:   bytes of RAM in the block list; a source leaves out the blocks that it does not send
     normal:  PAGE records
     fill:    ZERO records (QEMU's ``duplicate``)
     """

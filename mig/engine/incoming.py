@@ -148,6 +148,7 @@ class IncomingMigration(Migration):
             counters=self._counters,
             page_size=self._page_size,
             lanes=self._lanes,
+            capabilities=self.capabilities,
         )
         loader.run()
 

@@ -120,6 +120,12 @@ class OutgoingMigration(Migration):
             self._dirty_limit = DirtyLimit.of(
                 self._guest, lambda: self.parameters, self._peer_failed
             )
+        needed = configuration.capabilities if configuration else None
+        if Capability.X_IGNORE_SHARED in (needed or ()) and not self._ignores_shared:
+            raise OptionError(
+                "capability 'x-ignore-shared' must be on: the guest is in a stream that was sent "
+                "with it, which may lack shared memory"
+            )
         self._uri = uri
         self._blockers.begin()
         try:
@@ -173,7 +179,7 @@ class OutgoingMigration(Migration):
             block.pages.pin()
             self._pinned.append(block)
         self._start_dirty_log()
-        search = self._search = PageSearch(blocks, self._log)
+        search = self._search = PageSearch(blocks, self._log, ignore_shared=self._ignores_shared)
         encoder = self._make_encoder(writer, blocks)
         saver = RamSaver(writer, search, encoder, self._guest.ram_section_id, self._counters)
         self._saver = saver
@@ -211,6 +217,10 @@ class OutgoingMigration(Migration):
             lambda: self.parameters.zero_page_detection,
         )
 
+    @property
+    def _ignores_shared(self) -> bool:
+        return Capability.X_IGNORE_SHARED in self.capabilities
+
     def _detects_zero(self) -> bool:
         return self.parameters.zero_page_detection != ZeroPageDetection.NONE
 
@@ -233,7 +243,8 @@ class OutgoingMigration(Migration):
         if configuration is not None:
             if Capability.VALIDATE_UUID not in self.capabilities:
                 configuration = replace(configuration, uuid=None)
-            writer.put(configuration.encode())
+            agreed = (str(Capability.X_IGNORE_SHARED),) if self._ignores_shared else None
+            writer.put(replace(configuration, capabilities=agreed).encode())
         if Capability.RETURN_PATH in self.capabilities:
             self._return_path = ReturnPath(channel, self._peer_failed)
             self._return_path.start()
@@ -408,9 +419,9 @@ class OutgoingMigration(Migration):
 
     def _ram_stats(self) -> RamStats:
         search, counters, precopy = self._search, self._counters, self._precopy
-        page_size = search.blocks[0].pages.page_size if search and search.blocks else 0
         beside = self._saver.nbytes_beside if self._saver else 0
         transferred = beside + (self._writer.offset if self._writer else 0)
+        page_size = search.listed[0].pages.page_size if search and search.listed else 0
         running = transferred if self._running_bytes is None else self._running_bytes
         stats = RamStats(
             transferred=transferred,

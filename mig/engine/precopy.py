@@ -54,7 +54,7 @@ class Precopy:
         self._on_period = on_period
         self._on_pass = on_pass
         self._sleep = sleep
-        self._page_size = search.blocks[0].pages.page_size if search.blocks else 1
+        self._page_size = search.listed[0].pages.page_size if search.listed else 1
         self._dirty_at_sync = search.remaining
         self._hints: list[tuple[str, int, int]] = []
         self._hints_lock = threading.Lock()
@@ -111,8 +111,11 @@ class Precopy:
         What is written to them from now on is sent, as all that is written. ValueError: no such
         pages.
         """
-        lengths = {block.idstr: block.pages.npages for block in self._search.blocks}
-        if first < 0 or npages < 0 or first + npages > lengths.get(idstr, -1):
+        try:
+            end = self._search[idstr].pages.npages
+        except KeyError:
+            end = -1
+        if first < 0 or npages < 0 or first + npages > end:
             raise ValueError(f"there are no pages {first} to {first + npages} of block '{idstr}'")
         # with manual clear a write before the chunk is cleared would be in nobody's log
         if not self._search.clears_chunks:
@@ -141,9 +144,9 @@ class Precopy:
         return remaining > 0 and remaining >= self._policy.threshold
 
     def _send_slice(self) -> None:
-        """Send until the slice is over, or until nothing is dirty."""
+        """Send until the slice and the host page are over, or until nothing is dirty."""
         end = time.monotonic() + SLICE
-        while (now := time.monotonic()) < end:
+        while (now := time.monotonic()) < end or self._search.inside_host_page:
             if self._hints:
                 with self._hints_lock:
                     self._apply_hints()

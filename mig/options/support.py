@@ -9,12 +9,13 @@ from mig.options.capability import Capability
 OUTGOING_CAPABILITIES: Final = frozenset(
     {
         Capability.AUTO_CONVERGE,
-        Capability.MULTIFD,
         Capability.DIRTY_LIMIT,
+        Capability.MULTIFD,
         Capability.PAUSE_BEFORE_SWITCHOVER,
         Capability.RETURN_PATH,
         Capability.SWITCHOVER_ACK,
         Capability.VALIDATE_UUID,
+        Capability.X_IGNORE_SHARED,
         Capability.ZERO_COPY_SEND,
     }
 )
@@ -24,6 +25,7 @@ INCOMING_CAPABILITIES: Final = frozenset(
         Capability.RETURN_PATH,
         Capability.SWITCHOVER_ACK,
         Capability.VALIDATE_UUID,
+        Capability.X_IGNORE_SHARED,
     }
 )
 

@@ -45,6 +45,8 @@ class PageLanes(Protocol):
 class RamLoader:
     """Reads payloads of the `ram` section of one stream.
 
+    addresses: whether the block list has them (capability x-ignore-shared)
+
     The current block is remembered over sections: the first record of a section may say CONTINUE.
     Matches ram_load() and ram_load_precopy() of QEMU.
 
@@ -63,6 +65,7 @@ class RamLoader:
         section_id: int = 0,
         lanes: PageLanes | None = None,
         sync_every_section: bool = False,
+        addresses: bool = False,
     ) -> None:
         self._section_id = section_id
         self._lanes = lanes
@@ -71,6 +74,7 @@ class RamLoader:
         self._sink = sink
         self._page_size = page_size
         self._counters = counters
+        self._addresses = addresses
         self._parser: _core.RamParser | None = None
         self.blocks: tuple[BlockInfo, ...] = ()
 
@@ -90,7 +94,8 @@ class RamLoader:
             return
         if flags != RamFlag.MEM_SIZE:
             raise reader.error(f"RAM record {flags!r} before the block list", offset=at)
-        listed = BlockList.read(reader, word & ~(self._page_size - 1), self._page_size)
+        total = word & ~(self._page_size - 1)
+        listed = BlockList.read(reader, total, self._page_size, addresses=self._addresses)
         self.blocks = listed.blocks
         try:
             self._sink.open_blocks(self.blocks, self._page_size)

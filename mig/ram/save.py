@@ -34,12 +34,18 @@ class RamSaver:
         self.footers = True
 
     def start(self) -> None:
-        """SECTION_START with the block list."""
+        """SECTION_START with the block list, which also has the blocks that are not sent."""
+        search = self._search
         header = SectionHeader(self._section_id, RAM_IDSTR, 0, RAM_VERSION)
-        blocks = BlockList(tuple(BlockInfo(b.idstr, b.used_length) for b in self._search.blocks))
-        self._counters.total = blocks.total
+        listed = BlockList(
+            tuple(
+                BlockInfo(b.idstr, b.used_length, b.address if search.ignore_shared else None)
+                for b in search.listed
+            )
+        )
+        self._counters.total = sum(b.used_length for b in search.blocks)
         self._writer.put(header.encode(SectionType.START))
-        self._writer.put(blocks.encode())
+        self._writer.put(listed.encode())
         self._end_section(SectionType.START)
 
     def part(self, batch: PageBatch) -> None:
