@@ -101,12 +101,14 @@ class OutgoingMigration(Migration):
         ):
             raise OptionError("capability 'validate-uuid' needs a guest that has a UUID")
         self._uri = uri
-        self._blockers.begin()
-        try:
-            self._launch()
-        except BaseException:
-            self._blockers.end()
-            raise
+        # the mode that is asked about is the one it has: from here on it cannot change
+        with self._lock:
+            self._blockers.begin(self.parameters.mode)
+            try:
+                self._launch()
+            except BaseException:
+                self._blockers.end()
+                raise
 
     def migrate_continue(self) -> None:
         """Go on from status pre-switchover (QMP command migrate-continue); StateError elsewhere."""
@@ -115,7 +117,9 @@ class OutgoingMigration(Migration):
 
     def query(self) -> MigrationInfo:
         """Return a snapshot of status and statistics."""
-        info = replace(super().query(), blocked_reasons=self._blockers.reasons)
+        info = replace(
+            super().query(), blocked_reasons=self._blockers.reasons_for(self.parameters.mode)
+        )
         precopy = self._precopy
         if precopy is None:
             return info
@@ -266,7 +270,6 @@ class OutgoingMigration(Migration):
     def _cleanup(self, *, failed: bool) -> None:
         """Let go of everything, the last first, whatever of it fails."""
         with contextlib.ExitStack() as stack:
-            stack.callback(self._blockers.end)
             for notifier in self._notifiers:
                 stack.callback(notifier, Moment.CLEANUP)
             if failed and self._stopped and self._was_running:
@@ -280,6 +283,9 @@ class OutgoingMigration(Migration):
             stack.callback(self._close_channel)
             if failed and self._return_path is not None:
                 stack.callback(self._prefer_peer_error, self._return_path)
+
+    def _ending(self) -> contextlib.AbstractContextManager[None]:
+        return self._blockers.ending()
 
     def _notify(self, moment: Moment) -> None:
         for notifier in self._notifiers:
