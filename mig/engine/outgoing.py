@@ -17,9 +17,10 @@ from mig.engine.migration import Migration
 from mig.engine.precopy import Precopy
 from mig.engine.rate import RateLimit
 from mig.engine.returnpath import ReturnPath
-from mig.errors import ChannelError, IdleTimeoutError, MigError, OptionError
+from mig.engine.unplug import Unplugging
+from mig.errors import CancelledError, ChannelError, IdleTimeoutError, MigError, OptionError
 from mig.events import Event, PassStarted
-from mig.guest import SourceGuest
+from mig.guest import SourceGuest, UnpluggingGuest
 from mig.options import OUTGOING_CAPABILITIES, Capability, MigMode, Options, ZeroPageDetection
 from mig.ram.save import RamSaver
 from mig.ram.search import PageSearch, SourceBlock
@@ -78,6 +79,7 @@ class OutgoingMigration(Migration):
         self._search: PageSearch | None = None
         self._log: DirtyLog | None = None
         self._precopy: Precopy | None = None
+        self._unplugging: Unplugging | None = None
         self._go_on = threading.Event()
         self._stopped = False
         self._was_running = True
@@ -148,6 +150,7 @@ class OutgoingMigration(Migration):
         channel = self._connect()
         writer = self._writer = StreamWriter(channel)
         self._notify(Moment.SETUP)
+        self._begin_unplug()
         if self.parameters.mode == MigMode.CPR_REBOOT:
             self._stop_guest()
         blocks = self._guest.source_blocks()
@@ -161,6 +164,7 @@ class OutgoingMigration(Migration):
         )
         saver.footers = self._guest.footers
         self._send_setup(channel, writer, saver)
+        self._become_active()
         precopy = self._precopy = self._prepare_precopy(writer, search, saver)
         precopy.run()
         self._switch_over()
@@ -174,9 +178,26 @@ class OutgoingMigration(Migration):
         channel = connect(self._uri, self._cancel, self.parameters.timeout)
         with self._lock:
             self._channel = channel
-        self._move(Input.CONNECTED)
-        self._mark("connected")
+            if self.status == Status.CANCELLING:
+                # who cancelled has not seen the channel
+                raise CancelledError("cancelled")
         return channel
+
+    def _begin_unplug(self) -> None:
+        guest = self._guest
+        if self.parameters.mode == MigMode.NORMAL and isinstance(guest, UnpluggingGuest):
+            self._unplugging = Unplugging(guest, self._cancel)
+            self._unplugging.begin()
+
+    def _become_active(self) -> None:
+        unplugging = self._unplugging
+        if unplugging is None or not unplugging.pending:
+            self._move(Input.CONNECTED)
+        else:
+            self._move(Input.UNPLUG)
+            unplugging.wait()
+            self._move(Input.UNPLUGGED)
+        self._mark("connected")
 
     def _start_dirty_log(self) -> None:
         self._log = self._guest.dirty_log()
@@ -272,6 +293,10 @@ class OutgoingMigration(Migration):
         with contextlib.ExitStack() as stack:
             for notifier in self._notifiers:
                 stack.callback(notifier, Moment.CLEANUP)
+            if self._unplugging is not None:
+                stack.callback(self._unplugging.close)
+                if failed:
+                    stack.callback(self._unplugging.undo)
             if failed and self._stopped and self._was_running:
                 stack.callback(self._guest.resume)
             if self._precopy is not None and self._precopy.throttle:

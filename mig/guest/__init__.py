@@ -1,6 +1,6 @@
 """What a migration needs from a guest, and guests: a program's own, and threads that write."""
 
-from mig.guest.base import DestinationGuest, SourceGuest
+from mig.guest.base import DestinationGuest, SourceGuest, UnpluggingGuest
 from mig.guest.kvm import KvmGuest
 from mig.guest.memory import MemoryGuest
 from mig.guest.process import CorruptPage, GuestCounters, GuestReport, ProcessGuest
@@ -14,4 +14,5 @@ __all__ = [
     "MemoryGuest",
     "ProcessGuest",
     "SourceGuest",
+    "UnpluggingGuest",
 ]
