@@ -31,7 +31,7 @@ except ModuleNotFoundError as _error:
 
 from mig import errors, xbzrle
 from mig.dirty import DirtyLog, SharedDirtyLog, WriteTracker
-from mig.engine import Blockers, IncomingMigration, Moment, OutgoingMigration
+from mig.engine import Blockers, IncomingMigration, Moment, OutgoingMigration, Patient
 from mig.errors import MigError
 from mig.guest import DestinationGuest, MemoryGuest, ProcessGuest, SourceGuest, UnpluggingGuest
 from mig.image import StreamCapture, StreamImage, open_image
@@ -60,6 +60,7 @@ __all__ = [
     "Moment",
     "OutgoingMigration",
     "Parameters",
+    "Patient",
     "ProcessGuest",
     "RamBlock",
     "SharedDirtyLog",

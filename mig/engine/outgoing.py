@@ -12,7 +12,7 @@ from typing import ClassVar
 from mig.channel import Channel, carries_return_path, connect, parse_uri
 from mig.dirty import DirtyLog
 from mig.engine.blockers import Blockers, Moment, Notifier
-from mig.engine.convergence import Convergence, ConvergencePolicy
+from mig.engine.convergence import Convergence, ConvergencePolicy, PolicyMaker
 from mig.engine.migration import Migration
 from mig.engine.precopy import Precopy
 from mig.engine.rate import RateLimit
@@ -39,7 +39,8 @@ class OutgoingMigration(Migration):
 
     capabilities: names that are on, or a mapping of names to on/off
     parameters:   values by QMP name
-    policy:       when to stop the guest and how far to slow it down; QEMU's when None
+    policy:       when to stop the guest and how far to slow it down, or what makes such a policy,
+                  as the class Patient does; QEMU's when None
     blockers:     reasons against it, shared by all that migrate this guest
     notifiers:    told of the moments of precopy; they may veto
     on_event:     told of every event (see mig.events)
@@ -59,16 +60,14 @@ class OutgoingMigration(Migration):
         *,
         capabilities: Iterable[str] | Mapping[str, bool] = (),
         parameters: Mapping[str, object] | None = None,
-        policy: ConvergencePolicy | None = None,
+        policy: ConvergencePolicy | PolicyMaker | None = None,
         blockers: Blockers | None = None,
         notifiers: Sequence[Notifier] = (),
         on_event: Callable[[Event], None] | None = None,
     ) -> None:
         super().__init__(Options.choose(capabilities, parameters, self.supported), on_event)
         self._guest = guest
-        self._policy = policy or Convergence(
-            lambda: self.parameters, auto_converge=Capability.AUTO_CONVERGE in self.capabilities
-        )
+        self._policy = self._choose_policy(Convergence if policy is None else policy)
         self._blockers = blockers or Blockers()
         self._notifiers = tuple(notifiers)
         self._uri = ""
@@ -86,6 +85,12 @@ class OutgoingMigration(Migration):
         self._all_said = False
         self._last_call: threading.Timer | None = None
         self._running_bytes: int | None = None
+
+    def _choose_policy(self, policy: ConvergencePolicy | PolicyMaker) -> ConvergencePolicy:
+        if not callable(policy):
+            return policy
+        auto_converge = Capability.AUTO_CONVERGE in self.capabilities
+        return policy(lambda: self.parameters, auto_converge=auto_converge)
 
     def start(self, uri: str) -> None:
         """Begin to migrate to ``uri``; returns at once.
