@@ -129,8 +129,8 @@ class Patient(Convergence):
     over a guest that writes at a steady rate makes it smaller by bandwidth over dirty rate, so this
     ends soon: in a pass as short as it takes to look at the dirty log.
 
-    It counts on the lowest bandwidth of the last windows, where QEMU's takes the last: at the
-    switchover a busy machine is slower than it was.
+    It counts on the lowest bandwidth of the last windows, where QEMU's takes the last: when that
+    is an exception the guest stands still for longer than the limit.
 
     factor: more than 1; how many times smaller a pass must make what is dirty to be worth another
     passes: so many of them at most, then QEMU's rule alone holds
@@ -155,6 +155,7 @@ class Patient(Convergence):
         self._remaining: int | None = None
         self._worth_it = passes > 0
         self._windows: deque[float] = deque(maxlen=self.WINDOWS)
+        self._syncs = 0
 
     @property
     def threshold(self) -> float:
@@ -163,14 +164,18 @@ class Patient(Convergence):
 
     def measured(self, nbytes: int, seconds: float, remaining: int) -> None:
         """Take the bandwidth from the slowest of the last windows."""
-        if seconds > 0:
+        if seconds <= 0:
+            return
+        # many passes in one window: it tells how fast the guest writes, not how fast it is sent
+        if self._syncs < 2 or not self._windows:
             self._windows.append(nbytes / seconds)
-            slowest = min(self._windows)
-            super().measured(round(slowest * seconds), seconds, remaining)
+        self._syncs = 0
+        super().measured(round(min(self._windows) * seconds), seconds, remaining)
 
     def synced(self, remaining: int) -> None:
         """Compare with what was left the last time."""
         before, self._remaining = self._remaining, remaining
+        self._syncs += 1
         self._left -= 1
         smaller = before is None or remaining * self._factor <= before
         self._worth_it = smaller and self._left > 0

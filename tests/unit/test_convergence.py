@@ -202,6 +202,22 @@ def test_the_patient_count_on_the_slowest_of_the_last_windows():
     assert policy.expected_downtime == pytest.approx(10.0)
 
 
+def test_windows_of_many_passes_do_not_tell_the_bandwidth():
+    policy = patient(passes=0, downtime_limit=1000)
+    policy.measured(9_000_000, 1.0, 0)
+    assert policy.bandwidth == 1_000_000
+    for syncs, nbytes, bandwidth in [(2, 10, 1_000_000), (1, 800_000, 800_000), (3, 7, 800_000)]:
+        for _ in range(syncs):
+            policy.synced(5)
+        policy.measured(nbytes, 1.0, 0)
+        assert policy.bandwidth == bandwidth
+    first = Patient(lambda: chosen(downtime_limit=1000), auto_converge=False, passes=0)
+    first.synced(5)
+    first.synced(5)
+    first.measured(10, 1.0, 0)
+    assert first.threshold == 10
+
+
 def test_the_patient_believe_a_bandwidth_that_is_given():
     policy = patient(passes=0, downtime_limit=100, avail_switchover_bandwidth=10_000)
     assert policy.threshold == 1000
