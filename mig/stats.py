@@ -182,7 +182,7 @@ class MigrationInfo:
     """What query() returns (MigrationInfo); None or empty until it is known.
 
     total_time:              seconds since the start, or from start to end
-    setup_time:              seconds from the start to the connection
+    setup_time:              seconds until memory is sent
     downtime:                seconds that the guest stood still at the source
     ram:                     statistics of RAM
     error:                   why it failed (QMP's error-desc)

@@ -18,16 +18,17 @@ from mig.channel import (
 )
 from mig.dirty import DirtyLog
 from mig.engine.blockers import Blockers, Moment, Notifier
-from mig.engine.convergence import Convergence, ConvergencePolicy
+from mig.engine.convergence import Convergence, ConvergencePolicy, PolicyMaker
 from mig.engine.dirtylimit import DirtyLimit
 from mig.engine.migration import Migration
 from mig.engine.outlanes import OutgoingLanes, open_lanes
 from mig.engine.precopy import Precopy
 from mig.engine.rate import RateLimit
 from mig.engine.returnpath import ReturnPath
+from mig.engine.unplug import Unplugging
 from mig.errors import CancelledError, ChannelError, IdleTimeoutError, MigError, OptionError
 from mig.events import Event, PassStarted
-from mig.guest import SourceGuest
+from mig.guest import SourceGuest, UnpluggingGuest
 from mig.multifd.dialect import dialect_of
 from mig.multifd.encode import MultifdEncoder
 from mig.options import OUTGOING_CAPABILITIES, Capability, MigMode, Options, ZeroPageDetection
@@ -49,7 +50,8 @@ class OutgoingMigration(Migration):
 
     capabilities: names that are on, or a mapping of names to on/off
     parameters:   values by QMP name
-    policy:       when to stop the guest and how far to slow it down; QEMU's when None
+    policy:       when to stop the guest and how far to slow it down, or what makes such a policy,
+                  as the class Patient does; QEMU's when None
     blockers:     reasons against it, shared by all that migrate this guest
     notifiers:    told of the moments of precopy; they may veto
     on_event:     told of every event (see mig.events)
@@ -69,16 +71,14 @@ class OutgoingMigration(Migration):
         *,
         capabilities: Iterable[str] | Mapping[str, bool] = (),
         parameters: Mapping[str, object] | None = None,
-        policy: ConvergencePolicy | None = None,
+        policy: ConvergencePolicy | PolicyMaker | None = None,
         blockers: Blockers | None = None,
         notifiers: Sequence[Notifier] = (),
         on_event: Callable[[Event], None] | None = None,
     ) -> None:
         super().__init__(Options.choose(capabilities, parameters, self.supported), on_event)
         self._guest = guest
-        self._policy = policy or Convergence(
-            lambda: self.parameters, auto_converge=Capability.AUTO_CONVERGE in self.capabilities
-        )
+        self._policy = self._choose_policy(Convergence if policy is None else policy)
         self._blockers = blockers or Blockers()
         self._notifiers = tuple(notifiers)
         self._uri = ""
@@ -92,12 +92,19 @@ class OutgoingMigration(Migration):
         self._saver: RamSaver | None = None
         self._lanes: OutgoingLanes | None = None
         self._dirty_limit: DirtyLimit | None = None
+        self._unplugging: Unplugging | None = None
         self._go_on = threading.Event()
         self._stopped = False
         self._was_running = True
         self._all_said = False
         self._last_call: threading.Timer | None = None
         self._running_bytes: int | None = None
+
+    def _choose_policy(self, policy: ConvergencePolicy | PolicyMaker) -> ConvergencePolicy:
+        if not callable(policy):
+            return policy
+        auto_converge = Capability.AUTO_CONVERGE in self.capabilities
+        return policy(lambda: self.parameters, auto_converge=auto_converge)
 
     def start(self, uri: str) -> None:
         """Begin to migrate to ``uri``; returns at once.
@@ -127,12 +134,14 @@ class OutgoingMigration(Migration):
                 "with it, which may lack shared memory"
             )
         self._uri = uri
-        self._blockers.begin()
-        try:
-            self._launch()
-        except BaseException:
-            self._blockers.end()
-            raise
+        # the mode that is asked about is the one it has: from here on it cannot change
+        with self._lock:
+            self._blockers.begin(self.parameters.mode)
+            try:
+                self._launch()
+            except BaseException:
+                self._blockers.end()
+                raise
 
     def migrate_continue(self) -> None:
         """Go on from status pre-switchover (QMP command migrate-continue); StateError elsewhere."""
@@ -141,7 +150,9 @@ class OutgoingMigration(Migration):
 
     def query(self) -> MigrationInfo:
         """Return a snapshot of status and statistics."""
-        info = replace(super().query(), blocked_reasons=self._blockers.reasons)
+        info = replace(
+            super().query(), blocked_reasons=self._blockers.reasons_for(self.parameters.mode)
+        )
         if self._dirty_limit is not None:
             info = self._dirty_limit.report(info)
         precopy = self._precopy
@@ -172,6 +183,7 @@ class OutgoingMigration(Migration):
         channel = self._connect()
         writer = self._writer = StreamWriter(channel)
         self._notify(Moment.SETUP)
+        self._begin_unplug()
         if self.parameters.mode == MigMode.CPR_REBOOT:
             self._stop_guest()
         blocks = self._guest.source_blocks()
@@ -185,6 +197,7 @@ class OutgoingMigration(Migration):
         self._saver = saver
         saver.footers = self._guest.footers
         self._send_setup(channel, writer, saver)
+        self._become_active()
         precopy = self._precopy = self._prepare_precopy(search, saver)
         precopy.run()
         self._switch_over()
@@ -228,9 +241,26 @@ class OutgoingMigration(Migration):
         channel = connect(self._uri, self._cancel, self.parameters.timeout)
         with self._lock:
             self._channel = channel
-        self._move(Input.CONNECTED)
-        self._mark("connected")
+            if self.status == Status.CANCELLING:
+                # who cancelled has not seen the channel
+                raise CancelledError("cancelled")
         return channel
+
+    def _begin_unplug(self) -> None:
+        guest = self._guest
+        if self.parameters.mode == MigMode.NORMAL and isinstance(guest, UnpluggingGuest):
+            self._unplugging = Unplugging(guest, self._cancel)
+            self._unplugging.begin()
+
+    def _become_active(self) -> None:
+        unplugging = self._unplugging
+        if unplugging is None or not unplugging.pending:
+            self._move(Input.CONNECTED)
+        else:
+            self._move(Input.UNPLUG)
+            unplugging.wait()
+            self._move(Input.UNPLUGGED)
+        self._mark("connected")
 
     def _start_dirty_log(self) -> None:
         self._log = self._guest.dirty_log()
@@ -327,9 +357,12 @@ class OutgoingMigration(Migration):
     def _cleanup(self, *, failed: bool) -> None:
         """Let go of everything, the last first, whatever of it fails."""
         with contextlib.ExitStack() as stack:
-            stack.callback(self._blockers.end)
             for notifier in self._notifiers:
                 stack.callback(notifier, Moment.CLEANUP)
+            if self._unplugging is not None:
+                stack.callback(self._unplugging.close)
+                if failed:
+                    stack.callback(self._unplugging.undo)
             if failed and self._stopped and self._was_running:
                 stack.callback(self._guest.resume)
             if self._precopy is not None and self._precopy.throttle:
@@ -343,6 +376,9 @@ class OutgoingMigration(Migration):
             stack.callback(self._close_channel)
             if failed and self._return_path is not None:
                 stack.callback(self._prefer_peer_error, self._return_path)
+
+    def _ending(self) -> contextlib.AbstractContextManager[None]:
+        return self._blockers.ending()
 
     def _notify(self, moment: Moment) -> None:
         for notifier in self._notifiers:

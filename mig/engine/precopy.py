@@ -94,6 +94,7 @@ class Precopy:
             self._apply_hints()
             fresh = self._search.sync()
         self._dirty_at_sync = self._search.remaining
+        self._policy.synced(self._dirty_at_sync)
         self._notify(Moment.AFTER_BITMAP_SYNC)
         self._begin_pass()
         period = self._dirty_rate.synced(fresh, time.monotonic(), self._saver.nbytes)

@@ -5,6 +5,7 @@ from mig.guest.base import (
     LaneTarget,
     PerVcpuGuest,
     SourceGuest,
+    UnpluggingGuest,
     VcpuThrottle,
 )
 from mig.guest.kvm import KvmGuest
@@ -22,5 +23,6 @@ __all__ = [
     "PerVcpuGuest",
     "ProcessGuest",
     "SourceGuest",
+    "UnpluggingGuest",
     "VcpuThrottle",
 ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol, runtime_checkable
 
 from mig import _core
@@ -79,6 +79,32 @@ class PerVcpuGuest(Protocol):
 
     def vcpu_throttle(self) -> VcpuThrottle | None:
         """Return the vCPUs, None where they cannot be told apart. Called by who starts it."""
+
+
+@runtime_checkable
+class UnpluggingGuest(Protocol):
+    """What a SourceGuest also has if devices of it must be unplugged before it migrates.
+
+    As QEMU's failover primaries, which cannot migrate while their standby can. It takes part in
+    mode normal. The migration stands in status wait-unplug as long as one of them is there.
+    """
+
+    @property
+    def unplug_pending(self) -> bool:
+        """Whether a device that was asked to go is still there."""
+
+    def unplug(self, changed: Callable[[], None]) -> None:
+        """Ask these devices to go, and return at once. Called by the migration's own thread.
+
+        changed: to be called, by any thread, whenever unplug_pending has changed; at any time, also
+                 after the migration
+        """
+
+    def replug(self) -> None:
+        """Plug them in again: the migration failed or was cancelled. Called by its own thread.
+
+        Called when they are gone, or when they did not go within 30 seconds.
+        """
 
 
 class DestinationGuest(LoadTarget, Protocol):
