@@ -21,7 +21,8 @@ from mig.errors import ChannelError, IdleTimeoutError, MigError, OptionError
 from mig.events import Event, PassStarted
 from mig.guest import SourceGuest
 from mig.options import OUTGOING_CAPABILITIES, Capability, MigMode, Options, ZeroPageDetection
-from mig.ram.encode import PlainEncoder, RecordWriter, ZeroFinder
+from mig.ram.delta import DeltaEncoder
+from mig.ram.encode import PageEncoder, PlainEncoder, RecordWriter, ZeroFinder
 from mig.ram.save import RamSaver
 from mig.ram.search import PageSearch, SourceBlock
 from mig.records import Command, FileHeader
@@ -79,6 +80,7 @@ class OutgoingMigration(Migration):
         self._search: PageSearch | None = None
         self._log: DirtyLog | None = None
         self._precopy: Precopy | None = None
+        self._delta: DeltaEncoder | None = None
         self._go_on = threading.Event()
         self._stopped = False
         self._was_running = True
@@ -117,9 +119,11 @@ class OutgoingMigration(Migration):
     def query(self) -> MigrationInfo:
         """Return a snapshot of status and statistics."""
         info = replace(super().query(), blocked_reasons=self._blockers.reasons)
-        precopy = self._precopy
+        precopy, delta = self._precopy, self._delta
         if precopy is None:
             return info
+        if delta is not None:
+            info = replace(info, xbzrle_cache=delta.stats)
         expected = precopy.expected_downtime
         return replace(
             info,
@@ -153,7 +157,7 @@ class OutgoingMigration(Migration):
             self._pinned.append(block)
         self._start_dirty_log()
         search = self._search = PageSearch(blocks, self._log)
-        encoder = PlainEncoder(RecordWriter(writer), ZeroFinder(self._detects_zero), self._counters)
+        encoder = self._make_encoder(writer, search)
         saver = RamSaver(writer, search, encoder, self._guest.ram_section_id, self._counters)
         saver.footers = self._guest.footers
         self._send_setup(channel, writer, saver)
@@ -162,6 +166,21 @@ class OutgoingMigration(Migration):
         self._switch_over()
         self._complete(writer, saver, precopy)
         self._confirm(channel)
+
+    def _make_encoder(self, writer: StreamWriter, search: PageSearch) -> PageEncoder:
+        records, zeros = RecordWriter(writer), ZeroFinder(self._detects_zero)
+        encoder: PageEncoder = PlainEncoder(records, zeros, self._counters)
+        if Capability.XBZRLE in self.capabilities:
+            encoder = self._delta = DeltaEncoder(
+                encoder,
+                records,
+                zeros,
+                search,
+                self._counters,
+                cache_size=lambda: self.parameters.xbzrle_cache_size,
+                last_stage=lambda: self._stopped,
+            )
+        return encoder
 
     def _detects_zero(self) -> bool:
         return self.parameters.zero_page_detection != ZeroPageDetection.NONE
@@ -207,6 +226,7 @@ class OutgoingMigration(Migration):
             may_leave=self._may_switch_over,
             notify=self._notify,
             on_pass=lambda number: self._emit(PassStarted(number)),
+            on_period=self._delta.end_period if self._delta else lambda: None,
             sleep=self._sleep,
         )
 

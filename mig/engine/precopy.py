@@ -27,6 +27,7 @@ class Precopy:
     may_leave: whether the destination agrees to the switchover
     notify:    told of each sync of the bitmap
     on_pass:   told the number of each pass over dirty memory, before it begins
+    on_period: told when a period of a second or more ends with a sync
     sleep:     waits so many seconds, or raises when the migration is cancelled
     """
 
@@ -42,6 +43,7 @@ class Precopy:
         may_leave: Callable[[], bool],
         notify: Callable[[Moment], None],
         on_pass: Callable[[int], None],
+        on_period: Callable[[], None] = lambda: None,
         sleep: Callable[[float], None],
     ) -> None:
         self._search = search
@@ -53,6 +55,7 @@ class Precopy:
         self._may_leave = may_leave
         self._notify = notify
         self._on_pass = on_pass
+        self._on_period = on_period
         self._sleep = sleep
         self._page_size = search.blocks[0].pages.page_size if search.blocks else 1
         self._dirty_at_sync = search.remaining
@@ -97,7 +100,10 @@ class Precopy:
         self._notify(Moment.AFTER_BITMAP_SYNC)
         self._begin_pass()
         period = self._dirty_rate.synced(fresh, time.monotonic(), self._writer.offset)
-        if period is None or not guest_runs:
+        if period is None:
+            return
+        self._on_period()
+        if not guest_runs:
             return
         percent = self._policy.throttle(period)
         if percent is not None and percent != self.throttle:

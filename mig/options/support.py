@@ -13,10 +13,16 @@ OUTGOING_CAPABILITIES: Final = frozenset(
         Capability.RETURN_PATH,
         Capability.SWITCHOVER_ACK,
         Capability.VALIDATE_UUID,
+        Capability.XBZRLE,
     }
 )
 INCOMING_CAPABILITIES: Final = frozenset(
-    {Capability.RETURN_PATH, Capability.SWITCHOVER_ACK, Capability.VALIDATE_UUID}
+    {
+        Capability.RETURN_PATH,
+        Capability.SWITCHOVER_ACK,
+        Capability.VALIDATE_UUID,
+        Capability.XBZRLE,
+    }
 )
 
 #: QMP names of the parameters that may differ from their defaults
@@ -33,6 +39,7 @@ SUPPORTED_PARAMETERS: Final = frozenset(
         "max-cpu-throttle",
         "mode",
         "throttle-trigger-threshold",
+        "xbzrle-cache-size",
         "zero-page-detection",
     }
 )

@@ -67,6 +67,8 @@ class PageSearch:
             block.forget_discarded()
         #: bytes of pages that are dirty now; any thread may read it
         self.remaining = sum(b.dirty.count() * b.pages.page_size for b in blocks)
+        #: whether every page has been looked at once: the first full round is over
+        self.wrapped = False
         self.rewind()
 
     def _chunks(self, chunk_pages: int) -> dict[str, _core.Bitmap]:
@@ -99,8 +101,12 @@ class PageSearch:
         """
         room = self._index[: min(max(max_pages, 1), MAX_BATCH)]
         # the block that it begins in may have dirty pages before the one it begins with
-        for _ in range(len(self.blocks) + 1 if self.remaining else 0):
+        if not self.remaining:
+            self.wrapped = True
+            return None
+        for _ in range(len(self.blocks) + 1):
             if self._block == len(self.blocks):
+                self.wrapped = True
                 self.rewind()
             block = self.blocks[self._block]
             n = block.dirty.take(self._page, room)
