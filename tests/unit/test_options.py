@@ -288,7 +288,6 @@ def test_all_violations_of_all_options_are_listed_at_once():
         "Capability 'switchover-ack' requires capability 'return-path'",
         "Multifd is not compatible with xbzrle",
         "mig does not do multifd yet (capability 'multifd')",
-        "mig does not do xbzrle yet (capability 'xbzrle')",
         "mig does not do tls-creds yet (parameter 'tls-creds')",
     )
 
