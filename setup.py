@@ -63,6 +63,7 @@ setup(
                 ["mig/_core.pyx", *sources],
                 include_dirs=["csrc"],
                 depends=[*map(str, Path("csrc").glob("*.h")), *map(str, Path("mig").glob("*.pxi"))],
+                libraries=["z", "zstd"],
                 extra_compile_args=[*compile_args, *cython_args],
                 extra_link_args=link_args,
             )

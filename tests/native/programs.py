@@ -29,8 +29,25 @@ def run(*command: str | Path) -> str:
     return done.stdout
 
 
-def build(program: Path, compiler: str, sources: Sequence[str], flags: Sequence[str]) -> Path:
-    """Compile sources of this folder together with csrc/; return the program."""
-    files = [*(_HERE / name for name in sources), *sorted(_CSRC.glob("*.c"))]
-    run(compiler, *_FLAGS, *files, *flags, "-o", program)
+def build(
+    program: Path,
+    compiler: str,
+    sources: Sequence[str],
+    flags: Sequence[str],
+    *,
+    codecs: bool = True,
+) -> Path:
+    """Compile sources of this folder together with csrc/; return the program.
+
+    codecs: False leaves out what needs zlib and zstd, which only this machine's processor has
+    """
+    parts = [path for path in sorted(_CSRC.glob("*.c")) if codecs or not _needs_codecs(path)]
+    libraries = ["-lz", "-lzstd"] if codecs else []
+    files = [*(_HERE / name for name in sources), *parts]
+    run(compiler, *_FLAGS, *files, *flags, *libraries, "-o", program)
     return program
+
+
+def _needs_codecs(path: Path) -> bool:
+    text = path.read_text()
+    return any(header in text for header in ("<zlib.h>", "<zstd.h>", '"codec.h"'))
