@@ -128,7 +128,6 @@ int mig_mfd_send_channel(struct mig_mfd_sender *s, const struct mig_kernels *k, 
 /* ---- receiving ------------------------------------------------------------------------------ */
 
 struct mig_mfd_block {
-    struct mig_ram_block ram;
     const struct mig_pages *pages; /* memory; NULL: the page log */
     uint64_t *received;
     bool fresh; /* memory whose bit in `received` is clear reads as zeros */
@@ -139,7 +138,8 @@ struct mig_mfd_receiver {
     size_t page_size;
     unsigned nchannels;
     enum mig_codec codec;
-    const struct mig_mfd_block *blocks;
+    const struct mig_ram_block *ram_blocks;
+    const struct mig_mfd_block *blocks; /* of the same numbers */
     size_t nblocks;
     struct mig_pagelog *log; /* NULL: memory */
     pthread_mutex_t *log_lock;

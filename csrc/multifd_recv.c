@@ -20,7 +20,7 @@ struct lane {
     struct mig_coder coder;
     uint8_t *coded, *plain; /* data of a packet, before and after the codec */
     size_t max_coded;
-    int64_t *src; /* where in `plain` each page is */
+    struct mig_ram_parser burst; /* the packet, as if it were records in `plain` */
     struct iovec *iov;
 };
 
@@ -184,10 +184,10 @@ static const struct mig_mfd_block *find_block(const struct lane *l)
     size_t length = strlen(l->packet.name);
 
     for (size_t i = 0; i < l->r->nblocks; i++) {
-        const struct mig_mfd_block *block = &l->r->blocks[i];
+        const struct mig_ram_block *ram = &l->r->ram_blocks[i];
 
-        if (block->ram.name_len == length && memcmp(block->ram.name, l->packet.name, length) == 0) {
-            return block;
+        if (ram->name_len == length && memcmp(ram->name, l->packet.name, length) == 0) {
+            return &l->r->blocks[i];
         }
     }
     return NULL;
@@ -200,6 +200,7 @@ static int check(const struct lane *l, const struct mig_mfd_block *block)
     static const uint32_t flag_of[] = {[MIG_CODEC_ZLIB] = MIG_MFD_ZLIB,
                                        [MIG_CODEC_ZSTD] = MIG_MFD_ZSTD};
     enum mig_codec codec = l->r->codec;
+    uint64_t npages = l->r->ram_blocks[block - l->r->blocks].npages;
 
     /* without pages the length may be anything: QEMU 7.2 leaves that of another packet there */
     if (p->normal) {
@@ -212,7 +213,7 @@ static int check(const struct lane *l, const struct mig_mfd_block *block)
         }
     }
     for (size_t i = 0; i < p->normal + p->zero; i++) {
-        if (p->page[i] >= block->ram.npages) {
+        if (p->page[i] >= npages) {
             return MIG_E_MFD_OFFSET;
         }
     }
@@ -236,34 +237,48 @@ static int read_data(struct lane *l)
     return rc;
 }
 
+/* Makes records of the packet's pages from `first` on. */
+static void describe(struct lane *l, const struct mig_mfd_block *block, size_t first)
+{
+    const struct mig_mfd_packet *p = &l->packet;
+    struct mig_ram_parser *b = &l->burst;
+
+    b->current = block - l->r->blocks;
+    b->npages = 0;
+    for (size_t i = first; i < p->normal + p->zero; i++) {
+        bool normal = i < p->normal;
+
+        b->page[b->npages] = p->page[i];
+        b->src[b->npages] = normal ? (int64_t)(i * l->r->page_size) : -1;
+        b->length[b->npages] = normal ? (uint32_t)l->r->page_size : 0;
+        b->kind[b->npages++] = normal ? MIG_RAM_PAGE : MIG_RAM_ZERO;
+    }
+}
+
 static int take_pages(struct lane *l)
 {
     const struct mig_mfd_packet *p = &l->packet;
     const struct mig_mfd_receiver *r = l->r;
     const struct mig_mfd_block *block = find_block(l);
-    size_t first = 0;
+    bool direct = false;
     int rc = block ? check(l, block) : MIG_E_MFD_NAME;
 
     if (rc == 0 && block->pages && r->codec == MIG_CODEC_NONE) {
         rc = read_pages(l, block);
-        first = p->normal;
+        direct = true;
     } else if (rc == 0) {
         rc = read_data(l);
     }
     if (rc < 0) {
         return rc;
     }
-    for (size_t i = 0; i < p->normal + p->zero; i++) {
-        l->src[i] = i < p->normal ? (int64_t)(i * r->page_size) : -1;
-    }
+    describe(l, block, direct ? p->normal : 0);
     if (block->pages) {
-        mig_ram_place(l->k, block->pages, block->received, block->fresh, l->plain,
-                      p->page + first, l->src + first, p->normal + p->zero - first);
-        return 0;
+        return mig_ram_place(l->k, &l->burst, block->pages, block->received, block->fresh,
+                             l->plain);
     }
     pthread_mutex_lock(r->log_lock);
-    rc = mig_pagelog_put(r->log, block - r->blocks, &block->ram, block->where, l->plain, p->page,
-                         l->src, p->normal + p->zero);
+    rc = mig_pagelog_put(r->log, &l->burst, block->where, l->plain);
     pthread_mutex_unlock(r->log_lock);
     return rc;
 }
@@ -323,13 +338,20 @@ static int open_lane(struct lane *l)
     bool codes = l->r->codec != MIG_CODEC_NONE;
 
     l->packet.page = calloc(max_pages, sizeof(*l->packet.page));
-    l->src = calloc(max_pages, sizeof(*l->src));
+    l->burst.blocks = l->r->ram_blocks;
+    l->burst.nblocks = l->r->nblocks;
+    l->burst.page_size = page_size;
+    l->burst.page = calloc(max_pages, sizeof(*l->burst.page));
+    l->burst.src = calloc(max_pages, sizeof(*l->burst.src));
+    l->burst.length = calloc(max_pages, sizeof(*l->burst.length));
+    l->burst.kind = calloc(max_pages, sizeof(*l->burst.kind));
     l->iov = calloc(max_pages, sizeof(*l->iov));
     l->head = malloc(mig_mfd_packet_nbytes(page_size));
     l->max_coded = mig_codec_bound(l->r->codec, max_pages * page_size);
     l->plain = malloc(max_pages * page_size);
     l->coded = codes ? malloc(l->max_coded) : NULL;
-    if (!l->packet.page || !l->src || !l->iov || !l->head || !l->plain || (codes && !l->coded)) {
+    if (!l->packet.page || !l->burst.page || !l->burst.src || !l->burst.length || !l->burst.kind ||
+        !l->iov || !l->head || !l->plain || (codes && !l->coded)) {
         return MIG_E_NOMEM;
     }
     return mig_decoder_open(&l->coder, l->r->codec);
@@ -339,7 +361,10 @@ static void close_lane(struct lane *l)
 {
     mig_decoder_close(&l->coder);
     free(l->packet.page);
-    free(l->src);
+    free(l->burst.page);
+    free(l->burst.src);
+    free(l->burst.length);
+    free(l->burst.kind);
     free(l->iov);
     free(l->head);
     free(l->plain);

@@ -8,7 +8,9 @@ from typing_extensions import Buffer
 from mig.errors import MigError
 from mig.pages import PageIndex, PagePlaces
 
-class RamRecordError(MigError): ...
+class RamRecordError(MigError):
+    capability: str | None
+    def __init__(self, message: str, *, capability: str | None = None) -> None: ...
 
 PAGE_NONE: Final[int]
 PAGE_ZERO: Final[int]
@@ -125,6 +127,9 @@ class XbzrleCache:
     unchanged: int
     encoded_pages: int
     encoded_bytes: int
+    record_bytes: int
+    refused: int
+    zeros: int
     def __new__(
         cls, nbytes: int, page_size: int = 4096, *, kernels: Kernels | None = None
     ) -> Self: ...
@@ -170,6 +175,19 @@ class OutQueue:
         first: int = 0,
         zero: Bitmap | None = None,
     ) -> int: ...
+    def encode_deltas(
+        self,
+        cache: XbzrleCache,
+        pages: Pages,
+        name: bytes | None,
+        index: PageIndex,
+        first: int = 0,
+        zero: Bitmap | None = None,
+        *,
+        address: int,
+        generation: int,
+        last_stage: bool = False,
+    ) -> int: ...
     def clear(self) -> None: ...
     def tobytes(self) -> bytes: ...
 
@@ -185,6 +203,8 @@ class RamParser:
     @property
     def nfill(self) -> int: ...
     @property
+    def nxbzrle(self) -> int: ...
+    @property
     def consumed(self) -> int: ...
     @property
     def need(self) -> int: ...
@@ -192,6 +212,8 @@ class RamParser:
     def word(self) -> int: ...
     def parse(self, data: Buffer, start: int, end: int) -> int: ...
     def records(self) -> list[tuple[int, int]]: ...
+    def kinds(self) -> list[tuple[int, int]]: ...
+    def wrong_offset(self, data: Buffer, start: int) -> int: ...
     def place(
         self, data: Buffer, start: int, pages: Pages, received: Bitmap, fresh: bool
     ) -> None: ...

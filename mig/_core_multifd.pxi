@@ -38,7 +38,6 @@ cdef extern from "multifd.h" nogil:
                              const mig_fd *fd)
 
     struct mig_mfd_block:
-        mig_ram_block ram
         const mig_pages *pages
         uint64_t *received
         bint fresh
@@ -46,6 +45,7 @@ cdef extern from "multifd.h" nogil:
 
     struct mig_mfd_receiver:
         mig_codec codec
+        const mig_ram_block *ram_blocks
         const mig_mfd_block *blocks
         size_t nblocks
         mig_pagelog *log
@@ -239,17 +239,15 @@ cdef class MultifdReceiver:
     cdef list kept
 
     def __cinit__(self, RamParser parser not None, int nchannels, *, str compression="none"):
-        cdef size_t i
         self.parser = parser
         self.kept = []
         self.nchannels = check_lane_count(nchannels)
         self.blocks = <mig_mfd_block *>calloc(parser.c.nblocks or 1, sizeof(mig_mfd_block))
         if self.blocks == NULL:
             raise MemoryError
-        for i in range(parser.c.nblocks):
-            self.blocks[i].ram = parser.table[i]
         check(mig_mfd_receiver_open(&self.c, self.nchannels, parser.c.page_size))
         self.c.codec = _CODECS[compression]
+        self.c.ram_blocks = parser.table
         self.c.blocks = self.blocks
         self.c.nblocks = parser.c.nblocks
 
@@ -263,8 +261,8 @@ cdef class MultifdReceiver:
             raise IndexError(f"block {block} of {self.c.nblocks}")
         if (not pages.writable or pages.c.where != NULL
                 or pages.c.page_size != self.parser.c.page_size
-                or pages.c.npages < self.blocks[block].ram.npages
-                or received.nbits < self.blocks[block].ram.npages):
+                or pages.c.npages < self.parser.table[block].npages
+                or received.nbits < self.parser.table[block].npages):
             raise ValueError("memory does not fit the block")
         self.kept.append((pages, received))
         self.blocks[block].pages = &pages.c

@@ -18,7 +18,7 @@ from mig.channel import (
 )
 from mig.dirty import DirtyLog
 from mig.engine.blockers import Blockers, Moment, Notifier
-from mig.engine.convergence import Convergence, ConvergencePolicy, PolicyMaker
+from mig.engine.convergence import Convergence, ConvergencePolicy, Period, PolicyMaker
 from mig.engine.dirtylimit import DirtyLimit
 from mig.engine.migration import Migration
 from mig.engine.outlanes import OutgoingLanes, open_lanes
@@ -32,6 +32,7 @@ from mig.guest import SourceGuest, UnpluggingGuest
 from mig.multifd.dialect import dialect_of
 from mig.multifd.encode import MultifdEncoder
 from mig.options import OUTGOING_CAPABILITIES, Capability, MigMode, Options, ZeroPageDetection
+from mig.ram.delta import DeltaEncoder
 from mig.ram.encode import PageEncoder, PlainEncoder, RecordWriter, ZeroFinder
 from mig.ram.save import RamSaver
 from mig.ram.search import PageSearch, SourceBlock
@@ -93,6 +94,7 @@ class OutgoingMigration(Migration):
         self._lanes: OutgoingLanes | None = None
         self._dirty_limit: DirtyLimit | None = None
         self._unplugging: Unplugging | None = None
+        self._delta: DeltaEncoder | None = None
         self._go_on = threading.Event()
         self._stopped = False
         self._was_running = True
@@ -155,9 +157,11 @@ class OutgoingMigration(Migration):
         )
         if self._dirty_limit is not None:
             info = self._dirty_limit.report(info)
-        precopy = self._precopy
+        precopy, delta = self._precopy, self._delta
         if precopy is None:
             return info
+        if delta is not None:
+            info = replace(info, xbzrle_cache=delta.stats)
         expected = precopy.expected_downtime
         return replace(
             info,
@@ -192,7 +196,7 @@ class OutgoingMigration(Migration):
             self._pinned.append(block)
         self._start_dirty_log()
         search = self._search = PageSearch(blocks, self._log, ignore_shared=self._ignores_shared)
-        encoder = self._make_encoder(writer, blocks)
+        encoder = self._make_encoder(writer, search)
         saver = RamSaver(writer, search, encoder, self._guest.ram_section_id, self._counters)
         self._saver = saver
         saver.footers = self._guest.footers
@@ -204,16 +208,33 @@ class OutgoingMigration(Migration):
         self._complete(writer, saver, precopy)
         self._confirm(channel)
 
-    def _make_encoder(self, writer: StreamWriter, blocks: Sequence[SourceBlock]) -> PageEncoder:
+    def _make_encoder(self, writer: StreamWriter, search: PageSearch) -> PageEncoder:
         records, zeros = RecordWriter(writer), ZeroFinder(self._detects_zero)
-        if Capability.MULTIFD not in self.capabilities or not blocks:
-            return PlainEncoder(records, zeros, self._counters)
+        if Capability.MULTIFD in self.capabilities and search.listed:
+            return self._open_lanes(search, records, zeros)
+        plain = PlainEncoder(records, zeros, self._counters)
+        if Capability.XBZRLE not in self.capabilities:
+            return plain
+        self._delta = DeltaEncoder(
+            plain,
+            records,
+            zeros,
+            search,
+            self._counters,
+            cache_size=lambda: self.parameters.xbzrle_cache_size,
+            last_stage=lambda: self._stopped,
+        )
+        return self._delta
+
+    def _open_lanes(
+        self, search: PageSearch, records: RecordWriter, zeros: ZeroFinder
+    ) -> MultifdEncoder:
         configuration = self._guest.configuration
         lanes = open_lanes(
             self._uri,
             self._cancel,
             self.parameters,
-            blocks[0].pages.page_size,
+            search.listed[0].pages.page_size,
             configuration.uuid.bytes if configuration and configuration.uuid else bytes(16),
             zero_copy=Capability.ZERO_COPY_SEND in self.capabilities,
             on_error=self._lane_failed,
@@ -229,6 +250,12 @@ class OutgoingMigration(Migration):
             dialect_of(configuration.machine if configuration else None),
             lambda: self.parameters.zero_page_detection,
         )
+
+    def _period_over(self, period: Period, guest_runs: bool) -> None:
+        if self._delta is not None:
+            self._delta.end_period()
+        if self._dirty_limit is not None and guest_runs:
+            self._dirty_limit.period_over(period)
 
     @property
     def _ignores_shared(self) -> bool:
@@ -292,7 +319,7 @@ class OutgoingMigration(Migration):
             throttle=self._guest.throttle,
             may_leave=self._may_switch_over,
             notify=self._notify,
-            on_period=self._dirty_limit.period_over if self._dirty_limit else lambda _: None,
+            on_period=self._period_over,
             on_pass=lambda number: self._emit(PassStarted(number)),
             sleep=self._sleep,
         )

@@ -47,6 +47,33 @@ class RecordWriter:
         self._current = block.idstr
         return block.idstr.encode("ascii")
 
+    def put_deltas(
+        self,
+        block: SourceBlock,
+        index: PageIndex,
+        zero: _core.Bitmap | None,
+        cache: _core.XbzrleCache,
+        *,
+        address: int,
+        generation: int,
+        last_stage: bool,
+    ) -> None:
+        """XBZRLE records, too, of pages that are in the cache; see OutQueue.encode_deltas()."""
+        before, current = self.writer.offset, self._current
+        self.writer.put_deltas(
+            cache,
+            block.pages,
+            self.name(block),
+            index,
+            zero,
+            address=address,
+            generation=generation,
+            last_stage=last_stage,
+        )
+        if self.writer.offset == before:
+            # nothing has changed, so no record has named the block
+            self._current = current
+
     def put(self, block: SourceBlock, index: PageIndex, zero: _core.Bitmap | None) -> None:
         """PAGE and ZERO records of pages ``index``; bit i of ``zero``: page index[i] is zero."""
         self.writer.put_pages(block.pages, self.name(block), index, zero)

@@ -74,7 +74,7 @@ class RamSaver:
     @property
     def npages(self) -> int:
         """Page records so far."""
-        return self._counters.normal + self._counters.fill
+        return self._counters.records
 
     def begin_pass(self) -> None:
         """The dirty log was synced."""
