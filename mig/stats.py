@@ -146,6 +146,20 @@ class XbzrleStats:
 
 
 @dataclass(frozen=True, slots=True)
+class AdaptiveStats:
+    """How pages went with multifd-compression adaptive, in pages (QEMU has no such thing).
+
+    raw: as they are; delta: as the difference to what was sent of them before; zstd: compressed;
+    unchanged: not at all, since they are as they were sent before
+    """
+
+    raw: int
+    delta: int
+    zstd: int
+    unchanged: int
+
+
+@dataclass(frozen=True, slots=True)
 class InetAddress:
     """A TCP address that is listened on."""
 
@@ -202,6 +216,7 @@ class MigrationInfo:
     expected_downtime:       seconds that the guest would stand still if it stopped now
     cpu_throttle_percentage: of the time is taken from the guest, None when nothing is
     xbzrle_cache:            statistics of XBZRLE, None when it is off
+    adaptive:                how pages went, None unless multifd-compression is adaptive
     vfio_transferred:        bytes of VFIO devices, None when there are none
     blocked_reasons:         why the guest cannot be migrated
     postcopy_blocktime:      seconds that all vCPUs together waited for pages
@@ -221,6 +236,7 @@ class MigrationInfo:
     expected_downtime: float | None = None
     cpu_throttle_percentage: int | None = None
     xbzrle_cache: XbzrleStats | None = None
+    adaptive: AdaptiveStats | None = None
     vfio_transferred: int | None = None
     blocked_reasons: tuple[str, ...] = ()
     postcopy_blocktime: float | None = None

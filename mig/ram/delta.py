@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from mig import _core
 from mig.errors import OptionError
 from mig.ram.encode import PageEncoder, RecordWriter, ZeroFinder
 from mig.ram.search import PageBatch, PageSearch
-from mig.stats import RamCounters, XbzrleStats
-from mig.wire import SectionType
+from mig.stats import MigrationInfo, RamCounters, XbzrleStats
 
 #: a record's flags and XBZRLE's be16 length must have room in a page's offset and size
 _MIN_PAGE = 128
 
 
-class DeltaEncoder:
+class DeltaEncoder(PageEncoder):
     """Matches save_xbzrle_page(): in the first full round as ``plain`` does, then differences.
 
     cache_size: bytes that the cache is to have, read at each batch; it can change
@@ -98,14 +98,6 @@ class DeltaEncoder:
             # what was asked for in flight does no harm: statistics tell the size that there is
             return
 
-    nbytes_beside = 0
-
-    def end_section(self, kind: SectionType) -> None:
-        """Nothing is kept back."""
-
-    def settle(self) -> None:
-        """Nothing is on its way."""
-
     def begin_pass(self) -> None:
         """The age of what is cached is counted in syncs of the dirty bitmap."""
         self._generation += 1
@@ -124,6 +116,10 @@ class DeltaEncoder:
         encoded = nbytes - nbytes_before
         whole = (pages - pages_before) * self._page_size
         self._rates = ((misses - misses_before) / sent, whole / encoded if encoded else 0.0)
+
+    def report(self, info: MigrationInfo) -> MigrationInfo:
+        """Add the statistics of the cache. Any thread."""
+        return replace(info, xbzrle_cache=self.stats)
 
     @property
     def stats(self) -> XbzrleStats:
