@@ -21,6 +21,7 @@ from mig.errors import ChannelError, IdleTimeoutError, MigError, OptionError
 from mig.events import Event, PassStarted
 from mig.guest import SourceGuest
 from mig.options import OUTGOING_CAPABILITIES, Capability, MigMode, Options, ZeroPageDetection
+from mig.ram.compress import CompressEncoder
 from mig.ram.delta import DeltaEncoder
 from mig.ram.encode import PageEncoder, PlainEncoder, RecordWriter, ZeroFinder
 from mig.ram.save import RamSaver
@@ -81,6 +82,7 @@ class OutgoingMigration(Migration):
         self._log: DirtyLog | None = None
         self._precopy: Precopy | None = None
         self._delta: DeltaEncoder | None = None
+        self._compress: CompressEncoder | None = None
         self._go_on = threading.Event()
         self._stopped = False
         self._was_running = True
@@ -119,11 +121,13 @@ class OutgoingMigration(Migration):
     def query(self) -> MigrationInfo:
         """Return a snapshot of status and statistics."""
         info = replace(super().query(), blocked_reasons=self._blockers.reasons)
-        precopy, delta = self._precopy, self._delta
+        precopy = self._precopy
         if precopy is None:
             return info
-        if delta is not None:
-            info = replace(info, xbzrle_cache=delta.stats)
+        if self._delta is not None:
+            info = replace(info, xbzrle_cache=self._delta.stats)
+        if self._compress is not None:
+            info = replace(info, compression=self._compress.stats)
         expected = precopy.expected_downtime
         return replace(
             info,
@@ -170,6 +174,16 @@ class OutgoingMigration(Migration):
     def _make_encoder(self, writer: StreamWriter, search: PageSearch) -> PageEncoder:
         records, zeros = RecordWriter(writer), ZeroFinder(self._detects_zero)
         encoder: PageEncoder = PlainEncoder(records, zeros, self._counters)
+        if Capability.COMPRESS in self.capabilities:
+            encoder = self._compress = CompressEncoder(
+                records,
+                zeros,
+                self._counters,
+                page_size=search.blocks[0].pages.page_size if search.blocks else 4096,
+                nthreads=self.parameters.compress_threads,
+                level=self.parameters.compress_level,
+                waits=lambda: self.parameters.compress_wait_thread,
+            )
         if Capability.XBZRLE in self.capabilities:
             encoder = self._delta = DeltaEncoder(
                 encoder,
@@ -181,6 +195,11 @@ class OutgoingMigration(Migration):
                 last_stage=lambda: self._stopped,
             )
         return encoder
+
+    def _end_period(self) -> None:
+        for encoder in (self._delta, self._compress):
+            if encoder is not None:
+                encoder.end_period()
 
     def _detects_zero(self) -> bool:
         return self.parameters.zero_page_detection != ZeroPageDetection.NONE
@@ -226,7 +245,7 @@ class OutgoingMigration(Migration):
             may_leave=self._may_switch_over,
             notify=self._notify,
             on_pass=lambda number: self._emit(PassStarted(number)),
-            on_period=self._delta.end_period if self._delta else lambda: None,
+            on_period=self._end_period,
             sleep=self._sleep,
         )
 

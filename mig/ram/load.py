@@ -14,7 +14,6 @@ from mig.wire import RamFlag
 
 #: records of features that this loader leaves out, and the capability that makes a source send them
 _CAPABILITY_OF = {
-    RamFlag.COMPRESS_PAGE: "compress",
     RamFlag.MULTIFD_FLUSH: "multifd",
 }
 
@@ -34,17 +33,26 @@ class PageSink(Protocol):
 class RamLoader:
     """Reads payloads of the `ram` section of one stream.
 
+    decompress_threads: how many inflate compressed pages, once there are some
+
     The current block is remembered over sections: the first record of a section may say CONTINUE.
     Matches ram_load() and ram_load_precopy() of QEMU.
     """
 
     def __init__(
-        self, reader: StreamReader, sink: PageSink, page_size: int, counters: RamCounters
+        self,
+        reader: StreamReader,
+        sink: PageSink,
+        page_size: int,
+        counters: RamCounters,
+        *,
+        decompress_threads: int = 2,
     ) -> None:
         self._reader = reader
         self._sink = sink
         self._page_size = page_size
         self._counters = counters
+        self._decompress_threads = decompress_threads
         self._parser: _core.RamParser | None = None
         self.blocks: tuple[BlockInfo, ...] = ()
 
@@ -76,7 +84,9 @@ class RamLoader:
             raise reader.error(f"no memory for {listed.total} bytes of RAM", offset=at) from error
         self._counters.total = listed.total
         self._parser = _core.RamParser(
-            [(b.idstr.encode(), b.npages(self._page_size)) for b in self.blocks], self._page_size
+            [(b.idstr.encode(), b.npages(self._page_size)) for b in self.blocks],
+            self._page_size,
+            threads=self._decompress_threads,
         )
 
     def _load_pages(self, parser: _core.RamParser) -> None:
@@ -92,10 +102,10 @@ class RamLoader:
             try:
                 sink.put(parser, reader.buffer, start)
             except MemoryError as error:
-                raise reader.error("no memory for the block list") from error
+                raise reader.error("no memory for what becomes of pages") from error
             except _core.RamRecordError as error:
                 raise self._refused_record(parser, start, error) from error
-            counters.add(parser.npages, parser.nfill, parser.nxbzrle)
+            counters.add(parser.npages, parser.nfill, parser.nxbzrle, parser.npacked)
             reader.advance(parser.consumed)
             if stop == _core.STOP_MORE:
                 reader.need(parser.need, "a RAM record")

@@ -59,6 +59,7 @@ class StreamLoader:
 
     on_command: told of every OPEN_RETURN_PATH and PING
     page_size:  target page size where the stream does not name it
+    decompress_threads: how many inflate compressed pages
 
     Matches qemu_loadvm_state(); unlike QEMU it takes the device state as a whole.
     """
@@ -71,12 +72,14 @@ class StreamLoader:
         on_command: Callable[[Command], None],
         counters: RamCounters | None = None,
         page_size: int = 1 << DEFAULT_PAGE_BITS,
+        decompress_threads: int = 2,
     ) -> None:
         self._reader = reader
         self._target = target
         self._on_command = on_command
         self._page_size = page_size
         self._counters = counters or RamCounters()
+        self._decompress_threads = decompress_threads
         self._ram: RamLoader | None = None
         self._ram_id = -1
         self._ram_ended = False
@@ -160,7 +163,13 @@ class StreamLoader:
             raise reader.error("RAM is started twice", offset=at)
         if header.version_id != RAM_VERSION:
             raise reader.error(f"RAM of version {header.version_id}", offset=at)
-        self._ram = RamLoader(reader, self._target, self._page_size, self._counters)
+        self._ram = RamLoader(
+            reader,
+            self._target,
+            self._page_size,
+            self._counters,
+            decompress_threads=self._decompress_threads,
+        )
         self._ram_id = header.section_id
         self._ram.load_payload()
         self._footer()
