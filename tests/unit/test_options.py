@@ -127,8 +127,8 @@ def test_a_whole_number_is_no_fraction(name, value):
 
 def test_all_violations_are_listed_at_once():
     values = {"max-bandwidth": -1, "downtime-limit": "soon", "idle-timeout": 10**7, "speed": 1}
-    found = violations(values | {"mode": "fast", "compress-level": 1, "direct-io": 3})
-    names = [*values, "mode", "compress-level", "direct-io"]
+    found = violations(values | {"mode": "fast", "block-incremental": 1, "direct-io": 3})
+    names = [*values, "mode", "block-incremental", "direct-io"]
     for name, text in zip(names, found, strict=True):
         assert f"'{name}'" in text
 
@@ -277,13 +277,13 @@ def test_a_capability_that_is_off_may_be_named(capability, supported):
 def test_all_violations_of_all_options_are_listed_at_once():
     with pytest.raises(OptionError) as caught:
         Options.choose(
-            ["warp", "multifd", "xbzrle", "switchover-ack", "compress"],
+            ["warp", "multifd", "xbzrle", "switchover-ack", "block"],
             {"downtime-limit": -1, "tls-creds": "tls0"},
             INCOMING_CAPABILITIES,
         )
     assert caught.value.violations == (
         "there is no capability 'warp'",
-        "capability 'compress' is not supported: " + REMOVED_CAPABILITIES[Capability.COMPRESS],
+        "capability 'block' is not supported: " + REMOVED_CAPABILITIES[Capability.BLOCK],
         "Parameter 'downtime-limit' expects an integer in the range of 0 to 2000000 ms",
         "Capability 'switchover-ack' requires capability 'return-path'",
         "Multifd is not compatible with xbzrle",
