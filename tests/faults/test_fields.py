@@ -108,7 +108,8 @@ WRONG = [
     Wrong("start name length", b"\xff", "not a name", "start name length"),
     Wrong("start version", be32(3), "RAM of version 3", "start", RAMS),
     Wrong("start version", be32(5), "RAM of version 5", "start", RAMS),
-    Wrong("total", be64(MEM_SIZE), "RAM record", "pc.ram name length", RAMS),
+    # the name of a block that is none then looks like a compressed page
+    Wrong("total", be64(MEM_SIZE), "block list does not have", "pc.ram name length", RAMS),
     Wrong("total", be64(TOTAL - PAGE | MEM_SIZE), "'vga.vram'", "vga.vram name length", RAMS),
     Wrong("total", be64(TOTAL + PAGE | MEM_SIZE), "not a name", "list eos", RAMS),
     Wrong("total", be64(RAM_LIMIT | MEM_SIZE), "not a name", "list eos", RAMS),
