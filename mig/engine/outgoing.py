@@ -118,6 +118,13 @@ class OutgoingMigration(Migration):
         self._require_status(Status.PRE_SWITCHOVER, Input.SWITCHOVER)
         self._go_on.set()
 
+    def set_parameters(self, values: Mapping[str, object]) -> None:
+        """As every migration's; the XBZRLE cache may not become smaller than a page, either."""
+        with self._lock:
+            if self._delta is not None:
+                self._delta.check_size(self.parameters.read(values)[0].xbzrle_cache_size)
+            super().set_parameters(values)
+
     def query(self) -> MigrationInfo:
         """Return a snapshot of status and statistics."""
         info = replace(super().query(), blocked_reasons=self._blockers.reasons)

@@ -65,6 +65,14 @@ class DeltaEncoder:
         except MemoryError as error:
             raise OptionError(f"Parameter 'xbzrle-cache-size': {error}") from error
 
+    def check_size(self, nbytes: int) -> None:
+        """OptionError when the cache cannot be changed to that size."""
+        if nbytes < self._page_size:
+            raise OptionError(
+                "Parameter 'xbzrle-cache-size' expects a power of two no less than the target "
+                "page size"
+            )
+
     def encode(self, batch: PageBatch) -> None:
         """ZERO records, XBZRLE records, PAGE records, and none for a page that has not changed."""
         if not self._search.wrapped:
@@ -94,7 +102,7 @@ class DeltaEncoder:
         try:
             self._cache.resize(nbytes)
         except (ValueError, MemoryError):
-            # what was asked for in flight does no harm: statistics tell the size that there is
+            # no reason to fail: statistics tell the size that there is
             return
 
     def end_section(self) -> None:

@@ -16,6 +16,7 @@ from unit.ends import NAMES, SECTION, Collector, Source, Target, begin
 
 import mig
 from mig import _core
+from mig.engine.convergence import DirtyRate
 from mig.errors import OptionError, StreamError, TruncatedError
 from mig.events import PassStarted
 from mig.guest import ProcessGuest
@@ -434,9 +435,12 @@ PASSES = 8
 
 
 @pytest.mark.parametrize("cache_size", [4096, 1 << 20, 16 << 20])
-def test_a_live_guest_ends_intact(tmp_path, cache_size):
+def test_a_live_guest_ends_intact(tmp_path, cache_size, monkeypatch):
     """Its words are written while they are encoded; the destination's memory is what it says."""
     nbytes = 4 << 20
+    # rates of every pass, not of every second
+    monkeypatch.setattr(DirtyRate, "PERIOD", 0.0)
+    rates = []
     with (
         ProcessGuest(nbytes, rate=400 << 20, pattern="words") as guest,
         ProcessGuest(nbytes) as copy,
@@ -445,6 +449,11 @@ def test_a_live_guest_ends_intact(tmp_path, cache_size):
         def some_writes(event: object) -> None:
             """The next sync finds something: the migration does not end by itself."""
             if isinstance(event, PassStarted) and event.number < PASSES:
+                if event.number > 2:
+                    rates.append(outgoing.query().xbzrle_cache.encoding_rate)
+                if event.number == 3:
+                    with pytest.raises(OptionError, match="power of two no less than"):
+                        outgoing.set_parameters({"xbzrle-cache-size": 2048})
                 if event.number == PASSES // 2:
                     outgoing.set_parameters({"xbzrle-cache-size": cache_size * 2})
                 enough = guest.counters().writes + 200
@@ -478,3 +487,5 @@ def test_a_live_guest_ends_intact(tmp_path, cache_size):
         assert stats.cache_miss > 0
         if cache_size > nbytes:
             assert stats.npages > 100
+            # eight words of eight bytes in each page
+            assert max(rates) > 10
