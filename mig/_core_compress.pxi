@@ -39,6 +39,7 @@ cdef int check_threads(nthreads) except -1:
 
 
 @cython.final
+@cython.no_gc  # so that source is there in __dealloc__
 cdef class Compressor:
     """Threads that compress pages, each to a zlib stream of its own.
 
@@ -73,7 +74,9 @@ cdef class Compressor:
         check(mig_compressor_open(&self.c, nthreads, level, page_size, max_jobs))
 
     def __dealloc__(self):
+        # waits for the threads, which read the pages
         mig_compressor_close(self.c)
+        self.let_go()
 
     cdef void let_go(self):
         if self.source is not None:

@@ -10,7 +10,7 @@ from mig.ram.encode import PageEncoder, RecordWriter, ZeroFinder
 from mig.ram.search import PageBatch, PageSearch
 from mig.stats import RamCounters, XbzrleStats
 
-#: a record's flags and XBZRLE's be16 length must have room in a page's offset and size
+#: bytes of a page, so that the flag 0x40 is none of the bits of its offset
 _MIN_PAGE = 128
 
 
