@@ -55,7 +55,7 @@ class Comparison:
         prepare: Callable[[str], object] = lambda _: None,
         warmup: int = 0,
         nbytes: int = 0,
-        count: int = 1,
+        count: float = 1,
         unit: str = "",
     ) -> None:
         """Measure `target` against the peers.
@@ -63,7 +63,7 @@ class Comparison:
         prepare: runs before every round of everyone, untimed, with the name of who is next
         warmup:  rounds of everyone before those that count
         nbytes:  bytes that one round stands for, 0 where a rate says nothing
-        count:   how many of `unit` a round does
+        count:   how many of `unit` a round does, or which part of one
         """
         times: dict[str, list[float]] = {name: [] for name in peers}
 
@@ -129,6 +129,12 @@ def measure(compare: Comparison) -> Measure:
 def smoke() -> bool:
     """Whether this is a quick run that only shows that the benchmarks work."""
     return SMOKE
+
+
+@pytest.fixture(scope="session")
+def rounds() -> int:
+    """How many times a whole migration is run: MIG_BENCH_ROUNDS, else 5, once in smoke mode."""
+    return int(os.environ.get("MIG_BENCH_ROUNDS") or (1 if SMOKE else 5))
 
 
 @pytest.fixture(scope="session")

@@ -53,26 +53,28 @@ static inline void mig_store_be64(uint8_t *p, uint64_t x)
     memcpy(p, &x, sizeof(x));
 }
 
+static inline uint32_t mig_load_be32(const uint8_t *p)
+{
+    return (uint32_t)p[0] << 24 | (uint32_t)p[1] << 16 | (uint32_t)p[2] << 8 | p[3];
+}
+
+static inline void mig_store_be32(uint8_t *p, uint32_t x)
+{
+    p[0] = (uint8_t)(x >> 24);
+    p[1] = (uint8_t)(x >> 16);
+    p[2] = (uint8_t)(x >> 8);
+    p[3] = (uint8_t)x;
+}
+
 static inline unsigned mig_load_be16(const uint8_t *p)
 {
     return (unsigned)p[0] << 8 | p[1];
-}
-
-static inline uint32_t mig_load_be32(const uint8_t *p)
-{
-    return (uint32_t)mig_load_be16(p) << 16 | mig_load_be16(p + 2);
 }
 
 static inline void mig_store_be16(uint8_t *p, unsigned x)
 {
     p[0] = (uint8_t)(x >> 8);
     p[1] = (uint8_t)x;
-}
-
-static inline void mig_store_be32(uint8_t *p, uint32_t x)
-{
-    mig_store_be16(p, x >> 16);
-    mig_store_be16(p + 2, x & 0xffff);
 }
 
 #endif

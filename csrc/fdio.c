@@ -9,7 +9,7 @@
 
 #include "mig.h"
 
-enum { MAX_WRITEV = 1024 }; /* IOV_MAX of Linux */
+enum { MAX_IOV = 1024 }; /* IOV_MAX of Linux */
 
 static int wait_for(const struct mig_fd *f, short events)
 {
@@ -63,6 +63,13 @@ int64_t mig_fd_read(const struct mig_fd *f, uint8_t *buf, size_t min, size_t max
     return (int64_t)got;
 }
 
+static ssize_t read_some(const struct mig_fd *f, struct iovec *iov, size_t niov)
+{
+    struct msghdr msg = {.msg_iov = iov, .msg_iovlen = niov};
+
+    return f->is_socket ? recvmsg(f->fd, &msg, MSG_DONTWAIT) : readv(f->fd, iov, (int)niov);
+}
+
 static ssize_t write_some(const struct mig_fd *f, struct iovec *iov, size_t niov)
 {
     struct msghdr msg = {.msg_iov = iov, .msg_iovlen = niov};
@@ -71,12 +78,49 @@ static ssize_t write_some(const struct mig_fd *f, struct iovec *iov, size_t niov
                         : writev(f->fd, iov, (int)niov);
 }
 
+void mig_iov_skip(struct iovec **iov, size_t *niov, size_t n)
+{
+    while (*niov && n >= (*iov)->iov_len) {
+        n -= (*iov)->iov_len;
+        (*iov)++;
+        (*niov)--;
+    }
+    if (*niov) {
+        (*iov)->iov_base = (uint8_t *)(*iov)->iov_base + n;
+        (*iov)->iov_len -= n;
+    }
+}
+
+int64_t mig_fd_readv(const struct mig_fd *f, struct iovec *iov, size_t niov)
+{
+    int64_t total = 0;
+
+    while (niov) {
+        ssize_t n = read_some(f, iov, niov < MAX_IOV ? niov : MAX_IOV);
+
+        if (n == 0) {
+            break;
+        }
+        if (n < 0) {
+            int rc = must_wait(errno) ? wait_for(f, POLLIN) : errno == EINTR ? 0 : -errno;
+
+            if (rc < 0) {
+                return rc;
+            }
+            continue;
+        }
+        total += n;
+        mig_iov_skip(&iov, &niov, (size_t)n);
+    }
+    return total;
+}
+
 int64_t mig_fd_writev(const struct mig_fd *f, struct iovec *iov, size_t niov)
 {
     int64_t total = 0;
 
     while (niov) {
-        ssize_t n = write_some(f, iov, niov < MAX_WRITEV ? niov : MAX_WRITEV);
+        ssize_t n = write_some(f, iov, niov < MAX_IOV ? niov : MAX_IOV);
 
         if (n < 0) {
             int rc = must_wait(errno) ? wait_for(f, POLLOUT) : errno == EINTR ? 0 : -errno;
@@ -87,15 +131,7 @@ int64_t mig_fd_writev(const struct mig_fd *f, struct iovec *iov, size_t niov)
             continue;
         }
         total += n;
-        while (niov && (size_t)n >= iov->iov_len) {
-            n -= (ssize_t)iov->iov_len;
-            iov++;
-            niov--;
-        }
-        if (niov) {
-            iov->iov_base = (uint8_t *)iov->iov_base + n;
-            iov->iov_len -= (size_t)n;
-        }
+        mig_iov_skip(&iov, &niov, (size_t)n);
     }
     return total;
 }

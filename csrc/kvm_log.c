@@ -73,6 +73,20 @@ int64_t mig_kvm_reap(struct mig_kvm *vm)
     return found;
 }
 
+int64_t mig_kvm_collect(struct mig_kvm *vm, uint64_t *logged)
+{
+    int64_t found;
+
+    mig_kvm_kick(vm); /* the CPU may hold entries back until it leaves the guest */
+    pthread_mutex_lock(&vm->log_lock);
+    found = vm->log == MIG_KVM_LOG_RING ? reap(vm) : 0;
+    for (unsigned i = 0; i < vm->nvcpus; i++) {
+        logged[i] = vm->vcpus[i].logged;
+    }
+    pthread_mutex_unlock(&vm->log_lock);
+    return found;
+}
+
 static int begin_or_end(struct mig_kvm *vm, bool on)
 {
     bool all = on && vm->manual_flags & KVM_DIRTY_LOG_INITIALLY_SET;

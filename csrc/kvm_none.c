@@ -30,6 +30,11 @@ int mig_kvm_open(struct mig_kvm *vm, const struct mig_kvm_config *config)
 
 void mig_kvm_throttle(struct mig_kvm *vm, unsigned percent) { (void)vm, (void)percent; }
 
+void mig_kvm_limit(struct mig_kvm *vm, unsigned index, unsigned share)
+{
+    (void)vm, (void)index, (void)share;
+}
+
 bool mig_kvm_wait(struct mig_kvm *vm, unsigned index, uint64_t count, int64_t timeout_ns)
 {
     (void)vm, (void)index, (void)count, (void)timeout_ns;
@@ -94,6 +99,12 @@ int mig_kvm_clear(struct mig_kvm *vm, size_t block, uint64_t first, uint64_t npa
 int64_t mig_kvm_reap(struct mig_kvm *vm)
 {
     (void)vm;
+    return -ENOSYS;
+}
+
+int64_t mig_kvm_collect(struct mig_kvm *vm, uint64_t *logged)
+{
+    (void)vm, (void)logged;
     return -ENOSYS;
 }
 #endif

@@ -11,11 +11,11 @@
 #include "kvmvm.h"
 
 enum {
-    MIG_KVM_KICK = SIGUSR1, /* blocked in vCPU threads except within KVM_RUN: needs no handler */
     MIG_KVM_MAX_MSRS = 512,
     MIG_KVM_MAX_XSAVE = 1 << 20,
     MIG_KVM_PORT_BEAT = 0x10,
     MIG_KVM_PORT_CORRUPT = 0x11,
+    MIG_KVM_WHOLE = 10000, /* all of a vCPU's time, in the unit of mig_kvm_limit() */
 };
 
 /* The program sees memory without a gap; guest physical addresses leave out the last GiB below
@@ -47,10 +47,13 @@ struct mig_kvm_vcpu {
     /* of the thread itself */
     timer_t timer;
     bool has_timer;
+    int64_t slice_ns;
     int64_t slice_end, nap_end; /* monotonic ns; 0: none */
     /* under vm->lock */
     bool parked; /* not in KVM_RUN, and looks at vm->run before it goes there */
+    bool kicked; /* since it left KVM_RUN last */
     uint64_t exits;
+    unsigned limit;
     struct mig_kvm_counters counters;
 };
 
@@ -74,6 +77,7 @@ struct mig_kvm {
     pthread_cond_t changed;
     bool run, closing;
     unsigned throttle;
+    int kick_signal; /* blocked in vCPU threads except within KVM_RUN: needs no handler */
 
     pthread_mutex_t log_lock; /* taken before lock */
     uint64_t *scratch;        /* a bitmap for the largest slot */

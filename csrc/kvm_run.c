@@ -1,10 +1,12 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later
  * Threads of vCPUs. All signals are blocked in them; KVM_RUN alone lets the kick through, so one
- * that comes early is still there when the guest is entered, and nobody has to install a handler. */
+ * that comes early is still there when the guest is entered, and nobody has to install a handler.
+ * Kicks carry the vCPU's address: what the program sends to itself by the same number is its own. */
 #include "kvmvm.h"
 
 #if defined(__x86_64__)
 #include <errno.h>
+#include <sched.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/ioctl.h>
@@ -13,7 +15,13 @@
 
 #include "kvm_private.h"
 
-enum { SLICE_NS = 10 * 1000 * 1000, KERNEL_SIGSET_BYTES = 8 };
+enum {
+    SLICE_NS = 10 * 1000 * 1000,
+    /* slice and nap of a limited vCPU together, where that makes the slice shorter: so that a second
+     * has many of them, and its rate can be measured */
+    CYCLE_NS = 100 * 1000 * 1000,
+    KERNEL_SIGSET_BYTES = 8,
+};
 
 /* glibc before 2.39 names the member only by this */
 #ifndef sigev_notify_thread_id
@@ -25,29 +33,57 @@ static struct timespec timespec_of(int64_t ns)
     return (struct timespec){.tv_sec = ns / 1000000000, .tv_nsec = ns % 1000000000};
 }
 
+/* Under the lock. One that is parked looks at what there is to do before it runs, and one kick is
+ * enough until it has: more would only pile up. */
 static void kick(struct mig_kvm_vcpu *vcpu)
 {
-    if (vcpu->has_thread) {
-        pthread_kill(vcpu->thread, MIG_KVM_KICK);
+    union sigval mark = {.sival_ptr = vcpu};
+
+    if (vcpu->parked || vcpu->kicked) {
+        return;
+    }
+    vcpu->kicked = true;
+    /* out of room for signals (RLIMIT_SIGPENDING): a kick must not be lost */
+    while (pthread_sigqueue(vcpu->thread, vcpu->vm->kick_signal, mark) == EAGAIN) {
+        sched_yield();
     }
 }
 
 /* ---- the thread -------------------------------------------------------------------------------- */
 
-static void drop_kicks(void)
+static bool is_kick(const struct mig_kvm_vcpu *vcpu, const siginfo_t *info)
+{
+    return (info->si_code == SI_QUEUE || info->si_code == SI_TIMER)
+           && info->si_value.sival_ptr == vcpu;
+}
+
+/* A thread's own signals come before those of the process: once one of those has come, no kick is
+ * left. It goes back, for the thread that it is for. */
+static void drop_kicks(const struct mig_kvm_vcpu *vcpu)
 {
     struct timespec now = {0};
+    siginfo_t info;
     sigset_t set;
+    int signal;
 
     sigemptyset(&set);
-    sigaddset(&set, MIG_KVM_KICK);
-    while (sigtimedwait(&set, NULL, &now) > 0) {
+    sigaddset(&set, vcpu->vm->kick_signal);
+    while ((signal = sigtimedwait(&set, &info, &now)) > 0) {
+        if (!is_kick(vcpu, &info)) {
+            if (syscall(SYS_rt_sigqueueinfo, getpid(), signal, &info) < 0) {
+                kill(getpid(), signal);
+            }
+            sched_yield();
+            return;
+        }
     }
 }
 
 static void set_up_thread(struct mig_kvm_vcpu *vcpu)
 {
-    struct sigevent event = {.sigev_notify = SIGEV_THREAD_ID, .sigev_signo = MIG_KVM_KICK};
+    struct sigevent event = {.sigev_notify = SIGEV_THREAD_ID,
+                             .sigev_signo = vcpu->vm->kick_signal,
+                             .sigev_value = {.sival_ptr = vcpu}};
 
     event.sigev_notify_thread_id = (int)syscall(SYS_gettid);
     vcpu->has_timer = timer_create(CLOCK_MONOTONIC, &event, &vcpu->timer) == 0;
@@ -105,7 +141,7 @@ static void run_until_kicked(struct mig_kvm_vcpu *vcpu)
             continue;
         }
         if (rc < 0 && error == EINTR) {
-            drop_kicks();
+            drop_kicks(vcpu);
             return;
         }
         if (rc >= 0 && vcpu->run->exit_reason == KVM_EXIT_DIRTY_RING_FULL) {
@@ -129,15 +165,31 @@ static void run_until_kicked(struct mig_kvm_vcpu *vcpu)
     }
 }
 
+/* How much of its time the vCPU stands still, in ten-thousandths. Under the lock. */
+static int64_t share_of(const struct mig_kvm_vcpu *vcpu)
+{
+    unsigned all = vcpu->vm->throttle * (MIG_KVM_WHOLE / 100);
+
+    return vcpu->limit > all ? vcpu->limit : all;
+}
+
+static int64_t slice_of(const struct mig_kvm_vcpu *vcpu)
+{
+    int64_t running = CYCLE_NS / MIG_KVM_WHOLE * (MIG_KVM_WHOLE - share_of(vcpu));
+
+    return vcpu->limit && running < SLICE_NS ? running : SLICE_NS;
+}
+
 /* Begins a slice of running where the vCPU is throttled. Under the lock. */
 static void begin_slice(struct mig_kvm_vcpu *vcpu)
 {
     struct itimerspec when = {0};
 
-    if (!vcpu->vm->throttle || vcpu->slice_end || !vcpu->has_timer) {
+    if (!share_of(vcpu) || vcpu->slice_end || !vcpu->has_timer) {
         return;
     }
-    vcpu->slice_end = mig_kvm_now() + SLICE_NS;
+    vcpu->slice_ns = slice_of(vcpu);
+    vcpu->slice_end = mig_kvm_now() + vcpu->slice_ns;
     when.it_value = timespec_of(vcpu->slice_end);
     timer_settime(vcpu->timer, TIMER_ABSTIME, &when, NULL);
 }
@@ -145,13 +197,13 @@ static void begin_slice(struct mig_kvm_vcpu *vcpu)
 /* Says how long to stand still after a slice. Under the lock. */
 static void end_slice(struct mig_kvm_vcpu *vcpu)
 {
-    int64_t percent = vcpu->vm->throttle, now = mig_kvm_now();
+    int64_t share = share_of(vcpu), now = mig_kvm_now();
 
-    if (!percent) {
+    if (!share) {
         vcpu->slice_end = 0;
     } else if (vcpu->slice_end && now >= vcpu->slice_end) {
         vcpu->slice_end = 0;
-        vcpu->nap_end = now + SLICE_NS * percent / (100 - percent);
+        vcpu->nap_end = now + vcpu->slice_ns * share / (MIG_KVM_WHOLE - share);
         vcpu->counters.naps++;
     }
 }
@@ -166,7 +218,7 @@ static bool wait_for_turn(struct mig_kvm_vcpu *vcpu)
     while (!vm->closing) {
         struct timespec until = timespec_of(vcpu->nap_end);
 
-        if (!vm->throttle || mig_kvm_now() >= vcpu->nap_end) {
+        if (!share_of(vcpu) || mig_kvm_now() >= vcpu->nap_end) {
             vcpu->nap_end = 0;
         }
         if (!vm->run || vcpu->counters.failed) {
@@ -194,6 +246,7 @@ static void *vcpu_main(void *opaque)
         run_until_kicked(vcpu);
         pthread_mutex_lock(&vm->lock);
         vcpu->exits++;
+        vcpu->kicked = false;
         end_slice(vcpu);
     }
     pthread_mutex_unlock(&vm->lock);
@@ -203,19 +256,36 @@ static void *vcpu_main(void *opaque)
     return NULL;
 }
 
+/* A number that the program makes no use of: there is no handler, and the calling thread does not
+ * keep it for somebody who waits for it. */
+static int choose_kick(const sigset_t *blocked)
+{
+    for (int signal = SIGRTMAX; signal >= SIGRTMIN; signal--) {
+        struct sigaction action;
+
+        if (!sigismember(blocked, signal) && sigaction(signal, NULL, &action) == 0
+            && !(action.sa_flags & SA_SIGINFO) && action.sa_handler == SIG_DFL) {
+            return signal;
+        }
+    }
+    return SIGRTMAX;
+}
+
 int mig_kvm_start_threads(struct mig_kvm *vm)
 {
     union {
         struct kvm_signal_mask head;
         uint8_t room[sizeof(struct kvm_signal_mask) + KERNEL_SIGSET_BYTES];
     } mask = {.head = {.len = KERNEL_SIGSET_BYTES}};
-    uint64_t unblocked = ~(UINT64_C(1) << (MIG_KVM_KICK - 1));
+    uint64_t unblocked;
     sigset_t all, before;
     int rc = 0;
 
-    memcpy(mask.head.sigset, &unblocked, sizeof(unblocked));
     sigfillset(&all);
     pthread_sigmask(SIG_SETMASK, &all, &before);
+    vm->kick_signal = choose_kick(&before);
+    unblocked = ~(UINT64_C(1) << (vm->kick_signal - 1));
+    memcpy(mask.head.sigset, &unblocked, sizeof(unblocked));
     for (unsigned i = 0; i < vm->nvcpus && rc >= 0; i++) {
         struct mig_kvm_vcpu *vcpu = vm->vcpus + i;
 
@@ -284,6 +354,19 @@ void mig_kvm_throttle(struct mig_kvm *vm, unsigned percent)
     pthread_mutex_unlock(&vm->lock);
 }
 
+void mig_kvm_limit(struct mig_kvm *vm, unsigned index, unsigned share)
+{
+    struct mig_kvm_vcpu *vcpu = vm->vcpus + index;
+
+    pthread_mutex_lock(&vm->lock);
+    vcpu->limit = share;
+    if (!vcpu->slice_end) {
+        kick(vcpu); /* it has no slice to come to the end of */
+    }
+    pthread_cond_broadcast(&vm->changed);
+    pthread_mutex_unlock(&vm->lock);
+}
+
 void mig_kvm_kick(struct mig_kvm *vm)
 {
     uint64_t before[MIG_KVM_MAX_VCPUS];
@@ -293,9 +376,7 @@ void mig_kvm_kick(struct mig_kvm *vm)
     for (unsigned i = 0; i < vm->nvcpus; i++) {
         before[i] = vm->vcpus[i].exits;
         inside[i] = !vm->vcpus[i].parked;
-        if (inside[i]) {
-            kick(vm->vcpus + i);
-        }
+        kick(vm->vcpus + i);
     }
     /* one that was out may go in meanwhile, and nobody has kicked it */
     for (unsigned i = 0; i < vm->nvcpus; i++) {

@@ -3,8 +3,8 @@
  * A small virtual machine on /dev/kvm whose vCPUs run one program of ours (kvm_program.c), each in
  * a thread of its own. x86-64 only; elsewhere mig_kvm_open() returns -ENOSYS (kvm_none.c).
  *
- * Calls on one machine come from one thread at a time, except mig_kvm_sync(), _clear(), _reap() and
- * the counters, which may be called beside everything but mig_kvm_close().
+ * Calls on one machine come from one thread at a time, except mig_kvm_sync(), _clear(), _reap(),
+ * _collect(), _limit() and the counters, which may be called beside everything but mig_kvm_close().
  */
 #ifndef MIG_KVMVM_H
 #define MIG_KVMVM_H
@@ -59,6 +59,9 @@ void mig_kvm_stop(struct mig_kvm *vm);
 void mig_kvm_resume(struct mig_kvm *vm);
 /* Every vCPU stands still for `percent` (0..99) of its time, in slices of 10 ms of running. */
 void mig_kvm_throttle(struct mig_kvm *vm, unsigned percent);
+/* The same for one vCPU, for `share` (0..9900) ten-thousandths of its time; of the two the larger
+ * share counts. Any thread. */
+void mig_kvm_limit(struct mig_kvm *vm, unsigned index, unsigned share);
 /* Makes every vCPU leave the guest once, if it is in there. */
 void mig_kvm_kick(struct mig_kvm *vm);
 /* Waits until the vCPU has sent `count` heartbeats in all; false when it failed or time is up. */
@@ -121,5 +124,7 @@ int64_t mig_kvm_sync(struct mig_kvm *vm, size_t block, uint64_t *dirty);
 int mig_kvm_clear(struct mig_kvm *vm, size_t block, uint64_t first, uint64_t npages);
 /* Empties the rings into what mig_kvm_sync() takes; entries found or -errno. */
 int64_t mig_kvm_reap(struct mig_kvm *vm);
+/* The same, of all that was written before the call; logged[] gets what each vCPU's ring has had. */
+int64_t mig_kvm_collect(struct mig_kvm *vm, uint64_t *logged);
 
 #endif

@@ -430,6 +430,10 @@ struct mig_fd {
 /* Reads at least `min` and at most `max` bytes, taking more than min only while no wait is
  * needed. Fewer than min means end of file. */
 int64_t mig_fd_read(const struct mig_fd *f, uint8_t *buf, size_t min, size_t max);
+/* Goes past n bytes of the iovecs, changing the one that they end in. */
+void mig_iov_skip(struct iovec **iov, size_t *niov, size_t n);
+/* Fills all; the iovecs are consumed (changed) while it goes. Fewer bytes mean end of file. */
+int64_t mig_fd_readv(const struct mig_fd *f, struct iovec *iov, size_t niov);
 /* Writes all; the iovecs are consumed (changed) while it goes. Returns the number of bytes. */
 int64_t mig_fd_writev(const struct mig_fd *f, struct iovec *iov, size_t niov);
 

@@ -106,7 +106,8 @@ uint8_t *mig_cache_insert(struct mig_cache *c, uint64_t address, const uint8_t *
     uint8_t *copy = c->pages + i * c->stride;
 
     if (slot->address == EMPTY) {
-        c->used++;
+        /* several threads may, each under a lock of its own share of the slots */
+        __atomic_fetch_add(&c->used, 1, __ATOMIC_RELAXED);
     } else if (slot->address != address && slot->age + MIG_CACHE_LIFETIME > generation) {
         return NULL;
     }

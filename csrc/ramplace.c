@@ -32,7 +32,8 @@ int mig_ram_place(const struct mig_kernels *k, struct mig_ram_parser *p,
                 memset(page, fill, page_size);
             }
         }
-        mig_bitmap_put(received, index);
+        /* channels of multifd set bits of the same words */
+        mig_bitmap_set_atomic(received, index, 1);
         if (rc < 0) {
             p->wrong = i;
             return (int)rc;

@@ -17,6 +17,10 @@
 #define TICK_NS UINT64_C(1000000)
 /* QEMU's timeslice of the CPU throttle */
 #define TIMESLICE_NS UINT64_C(10000000)
+/* Slice and nap of a limited worker together, where that makes the slice shorter: so that a second has
+ * many of them, and its rate can be measured. */
+#define CYCLE_NS UINT64_C(100000000)
+#define WHOLE UINT64_C(10000)
 /* a rate that the machine did not allow is made up for as long as this */
 #define CATCH_UP_NS NS_PER_S
 
@@ -29,7 +33,7 @@ struct worker {
     /* the rest under the lock */
     bool stopped, quit;
     bool loaded; /* no tick since put() */
-    unsigned percent;
+    unsigned percent, limit;
     uint64_t stopped_at;
     uint64_t due, due_rest; /* when the next write is; the rest in 1 / rate ns */
     uint64_t slice_end;
@@ -188,6 +192,21 @@ static void sleep_until(struct worker *k, uint64_t when)
     pthread_cond_timedwait(&k->wake, &k->lock, &at);
 }
 
+/* How much of the time it stands still, in ten-thousandths. */
+static uint64_t share_of(const struct worker *k)
+{
+    uint64_t all = k->percent * (WHOLE / 100);
+
+    return k->limit > all ? k->limit : all;
+}
+
+static uint64_t slice_of(const struct worker *k)
+{
+    uint64_t running = CYCLE_NS / WHOLE * (WHOLE - share_of(k));
+
+    return k->limit && running < TIMESLICE_NS ? running : TIMESLICE_NS;
+}
+
 /* Returns when a write is due; false when the worker has to end. */
 static bool await_turn(struct worker *k)
 {
@@ -199,8 +218,8 @@ static bool await_turn(struct worker *k)
             continue;
         }
         now = clock_ns();
-        if (k->percent && now >= k->slice_end) {
-            uint64_t until = k->slice_end + TIMESLICE_NS * k->percent / (100 - k->percent);
+        if (share_of(k) && now >= k->slice_end) {
+            uint64_t until = k->slice_end + slice_of(k) * share_of(k) / (WHOLE - share_of(k));
 
             if (now < until) {
                 sleep_until(k, until);
@@ -208,7 +227,7 @@ static bool await_turn(struct worker *k)
             }
             /* what was not written meanwhile is not made up for */
             k->due += now - k->slice_end;
-            k->slice_end = now + TIMESLICE_NS;
+            k->slice_end = now + slice_of(k);
         }
         tick(k, now);
         if (now >= k->due) {
@@ -243,7 +262,7 @@ static void run_turn(struct worker *k)
         now = clock_ns();
         tick(k, now);
         pace(k, now);
-    } while (now >= k->due && !wanted(k) && !(k->percent && now >= k->slice_end));
+    } while (now >= k->due && !wanted(k) && !(share_of(k) && now >= k->slice_end));
 }
 
 static void *worker_main(void *arg)
@@ -312,27 +331,42 @@ void mig_workload_resume(struct mig_workload *w)
         if (k->stopped) {
             k->stopped = false;
             k->due = k->due ? k->due + (now - k->stopped_at) : now;
-            k->slice_end = now + TIMESLICE_NS;
+            k->slice_end = now + slice_of(k);
         }
         give(k);
     }
+}
+
+static void slow_down(struct worker *k, unsigned percent, unsigned limit)
+{
+    uint64_t now = clock_ns();
+
+    if (share_of(k) && !k->stopped && now > k->slice_end) {
+        k->due += now - k->slice_end;
+    }
+    k->percent = percent;
+    k->limit = limit;
+    k->slice_end = now + slice_of(k);
 }
 
 void mig_workload_throttle(struct mig_workload *w, unsigned percent)
 {
     for (uint64_t i = 0; i < w->nthreads; i++) {
         struct worker *k = &w->workers[i];
-        uint64_t now;
 
         take(k);
-        now = clock_ns();
-        if (k->percent && !k->stopped && now > k->slice_end) {
-            k->due += now - k->slice_end;
-        }
-        k->percent = percent;
-        k->slice_end = now + TIMESLICE_NS;
+        slow_down(k, percent, k->limit);
         give(k);
     }
+}
+
+void mig_workload_limit(struct mig_workload *w, uint64_t worker, unsigned share)
+{
+    struct worker *k = &w->workers[worker];
+
+    take(k);
+    slow_down(k, k->percent, share);
+    give(k);
 }
 
 static void set_interval(struct mig_workload *w, uint64_t rate)

@@ -87,6 +87,9 @@ void mig_workload_pause(struct mig_workload *w);
 void mig_workload_resume(struct mig_workload *w);
 /* Workers stand still for `percent` (0..99) of the time: they run for slices of 10 ms. */
 void mig_workload_throttle(struct mig_workload *w, unsigned percent);
+/* The same for one worker, for `share` (0..9900) ten-thousandths of the time; of the two the larger
+ * share counts. */
+void mig_workload_limit(struct mig_workload *w, uint64_t worker, unsigned share);
 void mig_workload_set_rate(struct mig_workload *w, uint64_t rate);
 void mig_workload_get(struct mig_workload *w, uint64_t worker, struct mig_worker_state *state);
 /* 0, or -EINVAL for a position outside of what the worker owns. Only while it stands still. */

@@ -31,9 +31,9 @@ except ModuleNotFoundError as _error:
 
 from mig import errors, xbzrle
 from mig.dirty import DirtyLog, SharedDirtyLog, WriteTracker
-from mig.engine import Blockers, IncomingMigration, Moment, OutgoingMigration
+from mig.engine import Blockers, IncomingMigration, Moment, OutgoingMigration, Patient
 from mig.errors import MigError
-from mig.guest import DestinationGuest, MemoryGuest, ProcessGuest, SourceGuest
+from mig.guest import DestinationGuest, MemoryGuest, ProcessGuest, SourceGuest, UnpluggingGuest
 from mig.image import StreamCapture, StreamImage, open_image
 from mig.memory import GuestMemory, RamBlock
 from mig.options import Capability, Parameters
@@ -60,6 +60,7 @@ __all__ = [
     "Moment",
     "OutgoingMigration",
     "Parameters",
+    "Patient",
     "ProcessGuest",
     "RamBlock",
     "SharedDirtyLog",
@@ -67,6 +68,7 @@ __all__ = [
     "Status",
     "StreamCapture",
     "StreamImage",
+    "UnpluggingGuest",
     "WriteTracker",
     "XbzrleCache",
     "__version__",

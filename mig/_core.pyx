@@ -21,6 +21,7 @@ from cpython.buffer cimport (
     PyBUF_CONTIG, PyBUF_CONTIG_RO, PyBUF_FORMAT, PyBUF_ND, PyBUF_STRIDES, PyBuffer_Release,
     PyObject_GetBuffer,
 )
+from libc.errno cimport errno
 from libc.stdint cimport UINT64_MAX, int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memcpy, memset
@@ -88,6 +89,7 @@ include "_core_compress.pxi"
 include "_core_out.pxi"
 include "_core_ram.pxi"
 include "_core_fd.pxi"
+include "_core_multifd.pxi"
 include "_core_workload.pxi"
 include "_core_track.pxi"
 include "_core_kvm.pxi"

@@ -57,6 +57,7 @@ cdef extern from "kvmvm.h" nogil:
     void mig_kvm_stop(mig_kvm *vm)
     void mig_kvm_resume(mig_kvm *vm)
     void mig_kvm_throttle(mig_kvm *vm, unsigned percent)
+    void mig_kvm_limit(mig_kvm *vm, unsigned index, unsigned share)
     bint mig_kvm_wait(mig_kvm *vm, unsigned index, uint64_t count, int64_t timeout_ns)
     void mig_kvm_get_counters "mig_kvm_counters"(mig_kvm *vm, unsigned index,
                                                  mig_kvm_counters *counters)
@@ -70,6 +71,7 @@ cdef extern from "kvmvm.h" nogil:
     int mig_kvm_log_stop(mig_kvm *vm)
     int64_t mig_kvm_sync(mig_kvm *vm, size_t block, uint64_t *dirty)
     int mig_kvm_clear(mig_kvm *vm, size_t block, uint64_t first, uint64_t npages)
+    int64_t mig_kvm_collect(mig_kvm *vm, uint64_t *logged)
 
 
 KVM_PAGE = MIG_KVM_PAGE
@@ -83,6 +85,13 @@ cdef dict _KVM_PARTS = {
     "msrs": MIG_KVM_MSRS, "lapic": MIG_KVM_LAPIC, "mp_state": MIG_KVM_MP_STATE,
     "events": MIG_KVM_EVENTS, "debugregs": MIG_KVM_DEBUGREGS, "tsc_khz": MIG_KVM_TSC_KHZ,
 }
+
+
+cdef int64_t _nanoseconds(double seconds) except -1:
+    """Not less than none, and not more than a clock can be ahead; ValueError for no number."""
+    if seconds != seconds:
+        raise ValueError("a timeout that is not a number")
+    return <int64_t>(min(max(seconds, 0.0), 1e9) * 1e9)
 
 
 def kvm_log_capabilities():
@@ -111,8 +120,8 @@ cdef class KvmVm:
     log: "bitmap", "manual" or "ring"
     ring_entries: of each vCPU's ring, a power of two
 
-    ``sync``, ``clear``, ``counters`` and ``wait`` may be called by any thread beside the others,
-    ``close`` beside nothing.
+    ``sync``, ``clear``, ``collect``, ``limit``, ``counters`` and ``wait`` may be called by any
+    thread beside the others, ``close`` beside nothing.
     KvmUnavailableError when the machine cannot be made, KvmError when KVM refuses something later;
     ValueError after close().
     """
@@ -223,11 +232,18 @@ cdef class KvmVm:
             raise ValueError(f"throttle of {percent} %: 0 to 99 are possible")
         mig_kvm_throttle(self.opened(0), percent)
 
+    def limit(self, unsigned index, double share):
+        """Make one vCPU stand still for this share of its time, 0 to 0.99."""
+        cdef mig_kvm *vm = self.opened(index)
+        if not 0 <= share <= 0.99:
+            raise ValueError(f"a share of {share}: 0 to 0.99 are possible")
+        mig_kvm_limit(vm, index, <unsigned>(share * 10000 + 0.5))
+
     def wait(self, unsigned index, uint64_t heartbeats, double timeout):
         """Wait for the vCPU's so-manieth heartbeat; False when it fails, or after ``timeout`` s."""
         cdef mig_kvm *vm = self.opened(index)
         cdef bint there
-        cdef int64_t ns = <int64_t>(timeout * 1e9)
+        cdef int64_t ns = _nanoseconds(timeout)
         with nogil:
             there = mig_kvm_wait(vm, index, heartbeats, ns)
         return there
@@ -285,6 +301,17 @@ cdef class KvmVm:
         with nogil:
             rc = mig_kvm_sync(vm, block, dirty.words)
         return self.checked(rc)
+
+    def collect(self):
+        """Empty the rings for the next sync(); returns how many entries each vCPU's has had."""
+        cdef mig_kvm *vm = self.opened(0)
+        cdef uint64_t[MIG_KVM_MAX_VCPUS] logged
+        cdef int64_t rc
+        cdef unsigned i
+        with nogil:
+            rc = mig_kvm_collect(vm, logged)
+        self.checked(rc)
+        return [logged[i] for i in range(self.vcpus)]
 
     def clear(self, size_t block, uint64_t first_page, uint64_t npages):
         """Have writes to these pages logged again, of those that sync() gave; manual log only."""

@@ -1,4 +1,26 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
+cdef extern from "<sys/vfs.h>" nogil:
+    struct statfs_result "statfs":
+        uint64_t f_type
+        uint64_t f_bsize
+    int fstatfs(int fd, statfs_result *result)
+
+cdef extern from "<linux/magic.h>":
+    enum:
+        HUGETLBFS_MAGIC
+
+
+def fd_page_size(int fd):
+    """Bytes of the host's pages that memory mapped from ``fd`` is made of; OSError.
+
+    A file on hugetlbfs has the page size of its mount, any other the host's: the block size of
+    other file systems is no page size.
+    """
+    cdef statfs_result found
+    if fstatfs(fd, &found) < 0:
+        raise OSError(errno, _os.strerror(errno))
+    return found.f_bsize if found.f_type == HUGETLBFS_MAGIC else _mmap.PAGESIZE
+
 
 cdef page_numbers(index):
     """A copy of page numbers as uint64: they stay what they were when they were checked."""
@@ -101,3 +123,14 @@ cdef class Pages:
                 raise IndexError(f"page {index[i]} of {self.c.npages}")
             n += self.c.where == NULL or self.c.where[index[i]] > 0
         return n
+
+    def without_storage(self, const uint64_t[::1] index not None):
+        """A bit for each of the pages index[...]: whether it is a zero page without storage."""
+        cdef Bitmap found = Bitmap(<uint64_t>index.shape[0])
+        cdef size_t i
+        for i in range(<size_t>index.shape[0]):
+            if index[i] >= self.c.npages:
+                raise IndexError(f"page {index[i]} of {self.c.npages}")
+            if mig_page(&self.c, index[i]) == NULL:
+                mig_bitmap_set(found.words, i, 1)
+        return found

@@ -230,11 +230,13 @@ cdef class PageLog:
     cdef RamParser parser
     cdef int64_t **where
     cdef uint8_t *zeros
+    cdef pthread_mutex_t lock  # held while pages are put: channels of multifd do so, too
     cdef uint8_t *scratch
 
     def __cinit__(self, int fd, RamParser parser not None, *, int direct_fd=-1):
         cdef size_t i
         cdef uint64_t npages
+        pthread_mutex_init(&self.lock, NULL)
         self.parser = parser
         self.c.current = -1
         self.c.page_size = parser.c.page_size
@@ -255,6 +257,7 @@ cdef class PageLog:
 
     def __dealloc__(self):
         cdef size_t i
+        pthread_mutex_destroy(&self.lock)
         mig_appender_close(&self.c.file)
         if self.where != NULL:
             for i in range(self.parser.c.nblocks):
@@ -287,8 +290,10 @@ cdef class PageLog:
             with nogil:
                 rc = mig_decompress(self.parser.inflating, p, <const uint8_t *>view.buf + start)
                 if rc == 0:
+                    pthread_mutex_lock(&self.lock)
                     rc = mig_pagelog_put(&self.c, p, self.where[p.current],
                                          <const uint8_t *>view.buf + start)
+                    pthread_mutex_unlock(&self.lock)
             self.parser.check_record(rc)
         finally:
             PyBuffer_Release(&view)

@@ -52,6 +52,7 @@ cdef extern from "workload.h" nogil:
     void mig_workload_pause(mig_workload *w)
     void mig_workload_resume(mig_workload *w)
     void mig_workload_throttle(mig_workload *w, unsigned percent)
+    void mig_workload_limit(mig_workload *w, uint64_t worker, unsigned share)
     void mig_workload_set_rate(mig_workload *w, uint64_t rate)
     void mig_workload_get(mig_workload *w, uint64_t worker, mig_worker_state *state)
     int mig_workload_put(mig_workload *w, uint64_t worker, const mig_worker_state *state)
@@ -167,6 +168,17 @@ cdef class Workload:
             raise ValueError(f"throttle of {percent} percent: 0 to 99 can be")
         with nogil:
             mig_workload_throttle(self.w, percent)
+
+    def limit(self, uint64_t worker, double share):
+        """Have one worker stand still for this share of the time, 0 to 0.99."""
+        self.check_open()
+        if worker >= self.nworkers:
+            raise IndexError(f"worker {worker} of {self.nworkers}")
+        if not 0 <= share <= 0.99:
+            raise ValueError(f"a share of {share}: 0 to 0.99 can be")
+        cdef unsigned of_10000 = <unsigned>(share * 10000 + 0.5)
+        with nogil:
+            mig_workload_limit(self.w, worker, of_10000)
 
     def set_rate(self, uint64_t rate):
         """Bytes of dirtied memory per second from now on, of all threads; 0: no limit."""

@@ -8,6 +8,15 @@ cdef extern from "<sys/uio.h>" nogil:
         size_t iov_len
 
 
+cdef extern from "<pthread.h>" nogil:
+    ctypedef struct pthread_mutex_t:
+        pass
+    int pthread_mutex_init(pthread_mutex_t *, const void *)
+    int pthread_mutex_lock(pthread_mutex_t *)
+    int pthread_mutex_unlock(pthread_mutex_t *)
+    int pthread_mutex_destroy(pthread_mutex_t *)
+
+
 cdef extern from "mig.h" nogil:
     enum:
         MIG_E_CANCELLED

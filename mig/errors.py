@@ -150,3 +150,12 @@ class UnsupportedError(StreamError):
 
 class MismatchError(StreamError):
     """The stream is in order but does not fit the guest that loads it."""
+
+
+def as_mig_error(error: BaseException) -> MigError:
+    """Return the error itself, or a MigError for a mistake of a guest's or a callback's own."""
+    if isinstance(error, MigError):
+        return error
+    wrapped = MigError(f"{type(error).__name__}: {error}")
+    wrapped.__cause__ = error
+    return wrapped

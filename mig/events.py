@@ -1,7 +1,8 @@
 """Events that a migration reports to its ``on_event`` callback.
 
 The migration's own thread reports them, but for the status ``cancelling``: that is reported by
-the thread that called cancel().
+the thread that called cancel(), and ``setup`` before it when nobody did so yet. Statuses are
+reported in their order.
 """
 
 from __future__ import annotations

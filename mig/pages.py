@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TypeAlias
+import mmap
+from typing import Final, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +14,8 @@ from mig.wire import MAX_PAGE_BITS, MIN_PAGE_BITS
 PageIndex: TypeAlias = NDArray[np.uint64]
 #: places of pages in a file, one per page: byte offset, PAGE_ZERO or PAGE_NONE
 PagePlaces: TypeAlias = NDArray[np.int64]
+#: bytes; that of memory which is not in huge pages
+HOST_PAGE_SIZE: Final = mmap.PAGESIZE
 
 
 def check_page_size(page_size: int) -> int:

@@ -266,14 +266,31 @@ class ReturnMessage:
 
 @dataclass(frozen=True, slots=True)
 class BlockInfo:
-    """One entry of the block list: counted idstr, be64 used_length (bytes)."""
+    """One entry of the block list: counted idstr, be64 used_length (bytes), [be64 address].
+
+    address: where it stands in guest-physical memory, in a stream with x-ignore-shared; None in
+             any other
+    """
 
     idstr: str
     used_length: int
+    address: int | None = None
 
     def npages(self, page_size: int) -> int:
         """Return the number of target pages."""
         return self.used_length // page_size
+
+    def encode(self) -> bytes:
+        """Return the entry."""
+        address = b"" if self.address is None else struct.pack(">Q", self.address)
+        return counted(self.idstr) + struct.pack(">Q", self.used_length) + address
+
+    @classmethod
+    def read(cls, reader: StreamReader, *, addresses: bool) -> BlockInfo:
+        """Read one entry, with its address where ``addresses`` says so."""
+        idstr = reader.text("name of a RAM block")
+        used_length = reader.u64("the block list")
+        return cls(idstr, used_length, reader.u64("the block list") if addresses else None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -289,14 +306,17 @@ class BlockList:
 
     def encode(self) -> bytes:
         """Return word and list."""
-        out = [struct.pack(">Q", self.total | RamFlag.MEM_SIZE)]
-        for block in self.blocks:
-            out.append(counted(block.idstr) + struct.pack(">Q", block.used_length))
-        return b"".join(out)
+        word = struct.pack(">Q", self.total | RamFlag.MEM_SIZE)
+        return word + b"".join(block.encode() for block in self.blocks)
 
     @classmethod
-    def read(cls, reader: StreamReader, total: int, page_size: int) -> BlockList:
-        """Read the list that follows a MEM_SIZE word of ``total`` bytes."""
+    def read(
+        cls, reader: StreamReader, total: int, page_size: int, *, addresses: bool = False
+    ) -> BlockList:
+        """Read the list that follows a MEM_SIZE word of ``total`` bytes.
+
+        addresses: whether it is one with addresses (capability x-ignore-shared)
+        """
         at = reader.offset
         if total > wire.MAX_RAM_BYTES:
             raise reader.error(f"{total} bytes of RAM are past the limit", offset=at)
@@ -304,7 +324,7 @@ class BlockList:
         left = total
         while left:
             at = reader.offset
-            block = BlockInfo(reader.text("name of a RAM block"), reader.u64("the block list"))
+            block = BlockInfo.read(reader, addresses=addresses)
             if len(blocks) == wire.MAX_RAM_BLOCKS:
                 raise reader.error("too many RAM blocks", offset=at)
             if block.idstr in blocks:
@@ -318,3 +338,29 @@ class BlockList:
             blocks[block.idstr] = block
             left -= block.used_length
         return cls(tuple(blocks.values()))
+
+
+# ---- multifd ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class MultifdInit:
+    """What introduces a channel of multifd: be32 magic, be32 1, uuid, u8 channel, 39 zero bytes.
+
+    uuid: 16 bytes, all zero for a machine without one
+    """
+
+    channel: int
+    uuid: bytes
+
+    @classmethod
+    def read(cls, reader: StreamReader) -> MultifdInit:
+        """Read all of it; StreamError when it is something else."""
+        what = "the start of a multifd channel"
+        at = reader.offset
+        magic, version = reader.u32(what), reader.u32(what)
+        if magic != wire.MULTIFD_MAGIC or version != wire.MULTIFD_VERSION:
+            raise reader.error(f"multifd channel of magic {magic:#x}, version {version}", offset=at)
+        uuid, channel = reader.read(16, what), reader.u8(what)
+        reader.read(wire.MULTIFD_INIT - 25, what)
+        return cls(channel, uuid)

@@ -17,7 +17,7 @@ from mig.state import Status
 class RamCounters:
     """Counts of one migration, written by its engine thread only.
 
-    total:   bytes of RAM in the block list
+    total:   bytes of RAM in the block list; a source leaves out the blocks that it does not send
     normal:  PAGE records
     fill:    ZERO records (QEMU's ``duplicate``)
     xbzrle:  XBZRLE records
@@ -179,6 +179,20 @@ class CompressionStats:
 
 
 @dataclass(frozen=True, slots=True)
+class AdaptiveStats:
+    """How pages went with multifd-compression adaptive, in pages (QEMU has no such thing).
+
+    raw: as they are; delta: as the difference to what was sent of them before; zstd: compressed;
+    unchanged: not at all, since they are as they were sent before
+    """
+
+    raw: int
+    delta: int
+    zstd: int
+    unchanged: int
+
+
+@dataclass(frozen=True, slots=True)
 class InetAddress:
     """A TCP address that is listened on."""
 
@@ -227,7 +241,7 @@ class MigrationInfo:
     """What query() returns (MigrationInfo); None or empty until it is known.
 
     total_time:              seconds since the start, or from start to end
-    setup_time:              seconds from the start to the connection
+    setup_time:              seconds until memory is sent
     downtime:                seconds that the guest stood still at the source
     ram:                     statistics of RAM
     error:                   why it failed (QMP's error-desc)
@@ -236,6 +250,7 @@ class MigrationInfo:
     cpu_throttle_percentage: of the time is taken from the guest, None when nothing is
     xbzrle_cache:            statistics of XBZRLE, None when it is off
     compression:             statistics of compression threads, None when there are none
+    adaptive:                how pages went, None unless multifd-compression is adaptive
     vfio_transferred:        bytes of VFIO devices, None when there are none
     blocked_reasons:         why the guest cannot be migrated
     postcopy_blocktime:      seconds that all vCPUs together waited for pages
@@ -256,6 +271,7 @@ class MigrationInfo:
     cpu_throttle_percentage: int | None = None
     xbzrle_cache: XbzrleStats | None = None
     compression: CompressionStats | None = None
+    adaptive: AdaptiveStats | None = None
     vfio_transferred: int | None = None
     blocked_reasons: tuple[str, ...] = ()
     postcopy_blocktime: float | None = None

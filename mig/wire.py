@@ -17,6 +17,9 @@ FILE_VERSION: Final = 3
 FILE_VERSION_COMPAT: Final = 2
 #: first four bytes of a multifd channel (MULTIFD_MAGIC)
 MULTIFD_MAGIC: Final = 0x11223344
+MULTIFD_VERSION: Final = 1
+#: bytes of the packet that introduces a channel (MultiFDInit_t)
+MULTIFD_INIT: Final = 64
 
 
 class SectionType(IntEnum):
@@ -91,6 +94,12 @@ RETURN_LENGTH: Final[dict[ReturnType, int | None]] = {
 
 #: value of the PING that a source sends before RAM; later ones are for postcopy
 PING_SETUP: Final = 1
+
+
+#: PING of a source of mig's that asks whether the destination is one of mig's, too, and takes
+#: multifd-compression adaptive: then PONG with ADAPTIVE_READY comes before the answer to this
+PING_ADAPTIVE: Final = 0x4D494741
+ADAPTIVE_READY: Final = 0x4D494752
 
 
 class RamFlag(IntFlag):

@@ -2,6 +2,13 @@
 
 from mig.channel.base import Channel
 from mig.channel.open import Listener, connect
-from mig.channel.uri import carries_return_path, parse_uri
+from mig.channel.uri import carries_return_path, parse_uri, require_many_connections
 
-__all__ = ["Channel", "Listener", "carries_return_path", "connect", "parse_uri"]
+__all__ = [
+    "Channel",
+    "Listener",
+    "carries_return_path",
+    "connect",
+    "parse_uri",
+    "require_many_connections",
+]

@@ -10,6 +10,7 @@ import signal
 import socket
 import stat
 import subprocess
+from collections.abc import Callable
 from typing import Self
 
 from mig._core import Descriptor, OutQueue
@@ -80,6 +81,16 @@ class Channel:
         """Write and empty the queue; returns the number of bytes."""
         self._check_cancelled()
         return self._out.send(out)
+
+    def read_by(self, loop: Callable[[Descriptor], None]) -> None:
+        """Have a loop read that stays in C; `cancel` ends it."""
+        self._check_cancelled()
+        loop(self._in)
+
+    def write_by(self, loop: Callable[[Descriptor], None]) -> None:
+        """Have a loop write that stays in C; `cancel` ends it."""
+        self._check_cancelled()
+        loop(self._out)
 
     def _check_cancelled(self) -> None:
         # a peer that never lets us wait would never let us see the cancel descriptor

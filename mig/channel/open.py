@@ -18,6 +18,9 @@ from mig.errors import CancelledError, ChannelError, IdleTimeoutError
 #: what the socket module takes as an address: its shape depends on the family
 Address = tuple[Any, ...] | str
 
+#: connections that may wait to be accepted: all channels of a source with multifd may come at once
+_BACKLOG = 512
+
 #: seconds
 _LONGEST_POLL = 1e6
 
@@ -224,7 +227,7 @@ class Listener:
                     sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
                 # every address of the name gets the same port, also when it was ours to choose
                 sock.bind((address[0], uri.port, *address[2:]))
-                sock.listen(16)
+                sock.listen(_BACKLOG)
                 sock.setblocking(False)
                 uri = TcpUri(uri.host, sock.getsockname()[1])
         except OSError as error:
@@ -241,7 +244,7 @@ class Listener:
                 Path(path).unlink()
             sock.bind(path)
             self._path = path
-            sock.listen(16)
+            sock.listen(_BACKLOG)
             sock.setblocking(False)
         except OSError as error:
             self.close()

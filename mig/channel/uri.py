@@ -6,7 +6,7 @@ import os
 import stat
 from dataclasses import dataclass
 
-from mig.errors import UriError
+from mig.errors import OptionError, UriError
 
 FORMS = "tcp:HOST:PORT, unix:PATH, fd:N, exec:COMMAND, file:PATH[,offset=N]"
 
@@ -75,6 +75,12 @@ def carries_return_path(uri: Uri) -> bool:
         except OSError as error:
             raise UriError(f"{uri}: {error.strerror}") from error
     return isinstance(uri, TcpUri | UnixUri)
+
+
+def require_many_connections(text: str) -> None:
+    """OptionError unless more than one connection can be made to ``text`` (UriError: no URI)."""
+    if not isinstance(parse_uri(text), TcpUri | UnixUri):
+        raise OptionError("Migration requires multi-channel URIs (e.g. tcp)")
 
 
 def parse_uri(text: str) -> Uri:

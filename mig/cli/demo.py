@@ -26,7 +26,7 @@ from mig.cli.common import (
 )
 from mig.demo.guests import GUESTS, LOGS, Options, best_log
 from mig.demo.job import Demo, DemoReport
-from mig.engine import OutgoingMigration
+from mig.engine import OutgoingMigration, Patient
 from mig.options import kinds
 from mig.stats import MigrationInfo
 from mig.wire import DEFAULT_PAGE_BITS
@@ -87,6 +87,12 @@ class _Size(click.ParamType):  # type: ignore[type-arg]  # click is generic sinc
     help="Who notes writes: the kernel (tracked) or the guest itself (marked); default: the kernel "
     "where it can.",
 )
+@click.option(
+    "--patient",
+    is_flag=True,
+    help="Stop the guest when it stands still for as short as can be, not as soon as parameter "
+    "downtime-limit allows.",
+)
 @capability_option
 @parameter_option
 @json_option
@@ -99,6 +105,7 @@ def demo(
     pattern: str,
     working_set: float,
     dirty_log: str | None,
+    patient: bool,
     capabilities: tuple[str, ...],
     parameters: tuple[str, ...],
     as_json: bool,
@@ -110,7 +117,9 @@ def demo(
 
     Capability return-path is on, and parameter max-bandwidth 0 (no limit), unless given.
     """
-    log, reason = ("kvm", None) if guest == "kvm" else best_log(dirty_log)
+    chosen = {"return-path": True, **parse_capabilities(capabilities)}
+    of_kvm = "ring" if chosen.get("dirty-limit") else "kvm"
+    log, reason = (of_kvm, None) if guest == "kvm" else best_log(dirty_log)
     if reason is not None:
         say(f"writes are {log}: {reason}")
     options = Options(
@@ -126,10 +135,11 @@ def demo(
     try:
         job = Demo(
             options,
-            capabilities={"return-path": True, **parse_capabilities(capabilities)},
+            capabilities=chosen,
             parameters={"max-bandwidth": 0, **parse_parameters(parameters)},
             on_start=display.shown_for,
             on_look=display.show,
+            policy=Patient if patient else None,
         )
     except ValueError as error:
         raise click.UsageError(str(error)) from error

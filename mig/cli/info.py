@@ -69,6 +69,8 @@ def _as_dict(file: str, image: StreamImage) -> dict[str, Any]:
                 "data-pages": block.data,
                 "zero-pages": block.zero,
                 "missing-pages": block.missing,
+                "address": block.address,
+                "ignored": block.ignored,
             }
             for block in image.blocks
         ],
@@ -94,6 +96,7 @@ def _show(image: StreamImage) -> None:
     console = Console(soft_wrap=True, highlight=False, markup=False, emoji=False)
     blocks = image.blocks
     total = sum(b.used_length for b in blocks)
+    ignored = [b for b in blocks if b.ignored]
     pages = sum(b.data + b.zero + b.missing for b in blocks)
     zero = sum(b.zero for b in blocks)
     console.print(f"format   migration stream, {sized(image.nbytes)}")
@@ -112,6 +115,11 @@ def _show(image: StreamImage) -> None:
             *(str(n) for n in (block.data, block.zero, block.missing)),
         )
     console.print(table)
+    for block in ignored:
+        console.print(
+            f"not here {block.idstr}: shared memory, at {block.address:#x} of the guest's "
+            "(x-ignore-shared)"
+        )
     _show_devices(console, image)
 
 

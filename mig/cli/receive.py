@@ -46,6 +46,9 @@ def receive(
 
     FILE is an ordinary migration stream: `mig send` sends it, and so does QEMU's
     `-incoming "exec:cat FILE"`. It appears when everything is received, or not at all.
+
+    With -c x-ignore-shared, which the source must have too, memory that it shares by a file stays
+    out of FILE: whoever gets the VM next must map the same file.
     """
     chosen_capabilities = parse_capabilities(capabilities)
     chosen_parameters = parse_parameters(parameters)

@@ -42,14 +42,19 @@ def send(
     given as file:PATH,offset=N.
 
     Capability return-path is on where the connection allows it: then success means that the
-    destination has loaded everything. Parameter max-bandwidth is 0 (no limit) unless given: no
-    guest runs here that would have to be spared.
+    destination has loaded everything. Capability x-ignore-shared is on for a FILE that was
+    received with it: the destination must have the memory that is not in FILE.
+
+    Parameter max-bandwidth is 0 (no limit) unless given: no guest runs here that would have to be
+    spared.
     """
     wanted = parse_capabilities(capabilities)
     values = {"max-bandwidth": "0", **parse_parameters(parameters)}
     if Capability.RETURN_PATH not in wanted:
         wanted[Capability.RETURN_PATH] = carries_return_path(parse_uri(uri))
     with open_image(file) as image:
+        if image.ignores_shared:
+            wanted.setdefault(Capability.X_IGNORE_SHARED, True)
         migration = OutgoingMigration(image, capabilities=wanted, parameters=values)
         migration.start(uri)
         info = follow(migration)

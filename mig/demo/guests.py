@@ -22,7 +22,8 @@ class Options:
     """What to show; names as in ProcessGuest.
 
     guest: 'process' or 'kvm'
-    log:   who notes writes: the kernel ('tracked'), KVM ('kvm'), or the guest itself ('marked')
+    log:   who notes writes: the kernel ('tracked'), KVM ('kvm', 'ring': for each vCPU), or the
+           guest itself ('marked')
     """
 
     guest: str
@@ -121,7 +122,8 @@ class KvmShow:
         memory = GuestMemory()
         memory.add("ram", options.nbytes)
         self._working_set = int(options.nbytes * options.working_set)
-        self.guest = KvmGuest(memory, vcpus=options.workers)
+        log = "ring" if options.log == "ring" else None
+        self.guest = KvmGuest(memory, vcpus=options.workers, dirty_log=log)
 
     def start(self) -> None:
         """Boot the program."""

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from mig.demo.guests import Options, make_show
-from mig.engine import OutgoingMigration
+from mig.engine import OutgoingMigration, PolicyMaker
 from mig.errors import MigError
 from mig.stats import MigrationInfo
 
@@ -106,7 +106,7 @@ class DemoReport:
 class Demo:
     """Moves a running guest from this process to another one.
 
-    capabilities, parameters: of the outgoing migration
+    capabilities, parameters, policy: of the outgoing migration
     on_start: the migration runs inside the context that it returns
     on_look:  told how it stands ten times a second
 
@@ -121,12 +121,13 @@ class Demo:
         parameters: Mapping[str, object],
         on_start: Callable[[OutgoingMigration], contextlib.AbstractContextManager[object]],
         on_look: Callable[[MigrationInfo], None],
+        policy: PolicyMaker | None = None,
     ) -> None:
         self._options = options
         self._show = make_show(options)
         try:
             self._outgoing = OutgoingMigration(
-                self._show.guest, capabilities=capabilities, parameters=parameters
+                self._show.guest, capabilities=capabilities, parameters=parameters, policy=policy
             )
         except BaseException:
             self._show.close()

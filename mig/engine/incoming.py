@@ -7,20 +7,29 @@ import threading
 from collections.abc import Callable, Iterable, Mapping
 from typing import ClassVar
 
-from mig.channel import Channel, Listener, parse_uri
+from mig.channel import Channel, Listener, parse_uri, require_many_connections
 from mig.channel.uri import TcpUri, UnixUri
+from mig.engine.accept import Connections
+from mig.engine.inlanes import IncomingLanes
 from mig.engine.migration import Migration
-from mig.errors import CancelledError, ChannelError, MigError, UnsupportedError
+from mig.errors import CancelledError, ChannelError, MigError, OptionError, UnsupportedError
 from mig.events import Event, Listening
-from mig.guest import DestinationGuest
-from mig.options import INCOMING_CAPABILITIES, Capability, Options
+from mig.guest import DestinationGuest, LaneTarget
+from mig.options import INCOMING_CAPABILITIES, Capability, MultiFDCompression, Options
 from mig.records import Command, ReturnMessage
 from mig.savevm.load import StreamLoader
 from mig.state import INCOMING, Input, Status, Table
 from mig.stats import InetAddress, RamStats, UnixAddress
 from mig.stream.reader import StreamReader
 from mig.stream.writer import StreamWriter
-from mig.wire import DEFAULT_PAGE_BITS, MULTIFD_MAGIC, CommandType, ReturnType
+from mig.wire import (
+    ADAPTIVE_READY,
+    DEFAULT_PAGE_BITS,
+    MULTIFD_MAGIC,
+    PING_ADAPTIVE,
+    CommandType,
+    ReturnType,
+)
 
 #: how long a connection beside the main one may take to say what it is (seconds)
 _EXTRA_PATIENCE = 5.0
@@ -66,6 +75,8 @@ class IncomingMigration(Migration):
         self._return: StreamWriter | None = None
         self._watcher: threading.Thread | None = None
         self._extra: Channel | None = None
+        self._connections: Connections | None = None
+        self._lanes: IncomingLanes | None = None
         self._done_watching = False
         self._committed = False
         #: the address to connect to, once listen() has returned
@@ -77,6 +88,10 @@ class IncomingMigration(Migration):
         Returns at once; `uri` then tells the address, with the port that was chosen for port 0.
         """
         self._require_status(Status.NONE, Input.START)
+        if Capability.MULTIFD in self.capabilities:
+            require_many_connections(uri)
+            if not isinstance(self._guest, LaneTarget):
+                raise OptionError("Multifd is not supported by this guest (it has no open_lanes)")
         self._listener = Listener(uri)
         self.uri = self._listener.uri
         try:
@@ -88,23 +103,45 @@ class IncomingMigration(Migration):
     # ---- phases -----------------------------------------------------------------------------
 
     def _run(self) -> None:
-        channel = self._accept()
-        reader = self._reader = StreamReader(channel)
-        self._watch_for_more_connections()
+        reader = self._reader = self._accept()
         self._load(reader)
         self._guest.commit()
         self._committed = True
         self._confirm()
 
-    def _accept(self) -> Channel:
+    def _accept(self) -> StreamReader:
         assert self._listener is not None
         self._emit(Listening(self._listener.uri))
-        channel = self._listener.accept(self._cancel, self.parameters.timeout)
+        if Capability.MULTIFD in self.capabilities:
+            channel, reader = self._accept_all(self._listener)
+        else:
+            channel = self._listener.accept(self._cancel, self.parameters.timeout)
+            reader = StreamReader(channel)
+            self._watch_for_more_connections()
         with self._lock:
             self._channel = channel
         self._move(Input.CONNECTED)
         self._mark("connected")
-        return channel
+        return reader
+
+    def _accept_all(self, listener: Listener) -> tuple[Channel, StreamReader]:
+        assert isinstance(self._guest, LaneTarget)
+        parameters = self.parameters
+        self._lanes = IncomingLanes(
+            self._guest,
+            parameters.multifd_channels,
+            str(parameters.multifd_compression),
+            parameters.timeout,
+            self._lane_failed,
+        )
+        connections = Connections(listener, parameters.timeout, self._lanes.serve)
+        with self._lock:
+            self._connections = connections
+        return connections.main(self._cancel)
+
+    def _lane_failed(self, error: MigError) -> None:
+        self._fail(error)
+        self._interrupt()
 
     def _load(self, reader: StreamReader) -> None:
         if reader.fill(4) and int.from_bytes(bytes(reader.buffer[:4]), "big") == MULTIFD_MAGIC:
@@ -118,6 +155,8 @@ class IncomingMigration(Migration):
             counters=self._counters,
             page_size=self._page_size,
             decompress_threads=self.parameters.decompress_threads,
+            lanes=self._lanes,
+            capabilities=self.capabilities,
         )
         loader.run()
 
@@ -125,7 +164,14 @@ class IncomingMigration(Migration):
         if command.type == CommandType.OPEN_RETURN_PATH:
             self._open_return_path()
         elif command.type == CommandType.PING:
+            if command.value == PING_ADAPTIVE and self._adapts:
+                self._say(ReturnMessage.pong(ADAPTIVE_READY))
             self._say(ReturnMessage.pong(command.value))
+
+    @property
+    def _adapts(self) -> bool:
+        compression = self.parameters.multifd_compression
+        return self._lanes is not None and compression == MultiFDCompression.ADAPTIVE
 
     def _open_return_path(self) -> None:
         assert self._channel is not None
@@ -212,6 +258,10 @@ class IncomingMigration(Migration):
             self._done_watching = True
             if self._extra is not None:
                 self._extra.cancel()
+        if self._lanes is not None:
+            self._lanes.cancel()
+        if self._connections is not None:
+            self._connections.close()
         if self._watcher is not None:
             self._watcher.join()
 
@@ -226,6 +276,10 @@ class IncomingMigration(Migration):
             self._cancel.set()
             if self._channel is not None:
                 self._channel.cancel()
+            if self._lanes is not None:
+                self._lanes.cancel()
+            if self._connections is not None:
+                self._connections.cancel()
 
     def _socket_addresses(self) -> tuple[InetAddress | UnixAddress, ...]:
         uri = None if self.uri is None else parse_uri(self.uri)
@@ -235,12 +289,15 @@ class IncomingMigration(Migration):
 
     def _ram_stats(self) -> RamStats:
         counters = self._counters
+        normal, zero = self._lanes.npages if self._lanes else (0, 0)
+        beside = self._lanes.nbytes if self._lanes else 0
         return RamStats(
-            transferred=self._reader.offset if self._reader else 0,
+            transferred=beside + (self._reader.offset if self._reader else 0),
             remaining=None,
             total=counters.total,
-            duplicate=counters.fill,
-            normal=counters.normal,
+            duplicate=counters.fill + zero,
+            normal=counters.normal + normal,
             page_size=self._page_size,
             dirty_sync_count=None,
+            multifd_bytes=beside,
         )

@@ -13,20 +13,11 @@ from typing import Any, ClassVar
 
 from mig.channel.open import Cancel
 from mig.engine.wake import Wake
-from mig.errors import CancelledError, MigError, StateError
+from mig.errors import CancelledError, MigError, StateError, as_mig_error
 from mig.events import Event, StatusChanged
 from mig.options import Capability, Options, capabilities_to_qmp, unsupported
 from mig.state import FINAL, Input, Machine, Status, Table
 from mig.stats import InetAddress, MigrationInfo, RamCounters, RamStats, UnixAddress
-
-
-def _as_mig_error(error: BaseException) -> MigError:
-    """The error itself, or a MigError for a mistake of a guest's or a callback's own."""
-    if isinstance(error, MigError):
-        return error
-    wrapped = MigError(f"{type(error).__name__}: {error}")
-    wrapped.__cause__ = error
-    return wrapped
 
 
 class Migration(ABC):
@@ -59,6 +50,7 @@ class Migration(ABC):
         self._error: MigError | None = None
         self._cancel_reason: str | None = None
         self._exit_on_error = False
+        self._setup_said = False
         self._counters = RamCounters()
         self._clock: dict[str, float] = {}
 
@@ -86,16 +78,19 @@ class Migration(ABC):
         """Give up; returns at once, `wait` tells when it is done. No effect after the end.
 
         reason: what `wait` raises says, unless it was cancelled before
+
+        StateError in postcopy: half of the guest is on either side.
         """
         with self._lock:
             if self.status in FINAL or self.status == Status.NONE:
                 return
             first = self.status != Status.CANCELLING
+            status = self._machine.feed(Input.CANCEL)
             if first:
                 self._cancel_reason = reason
-            status = self._machine.feed(Input.CANCEL)
             self._interrupt()
             if first:
+                self._say_setup()
                 self._emit(StatusChanged(status))
 
     def set_parameters(self, values: Mapping[str, object]) -> None:
@@ -160,23 +155,24 @@ class Migration(ABC):
     def _main(self) -> None:
         outcome = Input.FINISH
         try:
-            self._emit(StatusChanged(Status.SETUP))
+            self._say_setup()
             self._run()
         except BaseException as error:
-            self._fail(_as_mig_error(error))
+            self._fail(as_mig_error(error))
             outcome = Input.FAIL
         try:
             self._cleanup(failed=outcome == Input.FAIL)
         except BaseException as error:
             # what was confirmed stays confirmed; a failure keeps its first error
-            self._fail(_as_mig_error(error))
+            self._fail(as_mig_error(error))
         finally:
             self._finish(outcome)
 
     def _finish(self, outcome: Input) -> None:
         self._mark("end")
         with self._lock:
-            status = self._machine.feed(outcome)
+            with self._ending():
+                status = self._machine.feed(outcome)
             self._cancel.close()
             self._wake.close()
             try:
@@ -187,6 +183,10 @@ class Migration(ABC):
                     # at once: nobody who waits for the migration is to go on
                     os._exit(1)
                 self._done.set()
+
+    def _ending(self) -> contextlib.AbstractContextManager[None]:
+        """Return what is entered while the final status becomes visible."""
+        return contextlib.nullcontext()
 
     def _fail(self, error: MigError) -> None:
         """Note the first error. Any thread."""
@@ -201,6 +201,13 @@ class Migration(ABC):
             if status == Status.CANCELLING:
                 raise CancelledError("cancelled")
             self._emit(StatusChanged(status))
+
+    def _say_setup(self) -> None:
+        """Emit the first event; whoever has the second one to tell comes here before."""
+        with self._lock:
+            if not self._setup_said:
+                self._setup_said = True
+                self._emit(StatusChanged(Status.SETUP))
 
     def _mark(self, moment: str) -> None:
         self._clock[moment] = time.monotonic()

@@ -9,18 +9,43 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import ClassVar
 
-from mig.channel import Channel, carries_return_path, connect, parse_uri
+from mig.channel import (
+    Channel,
+    carries_return_path,
+    connect,
+    parse_uri,
+    require_many_connections,
+)
 from mig.dirty import DirtyLog
 from mig.engine.blockers import Blockers, Moment, Notifier
-from mig.engine.convergence import Convergence, ConvergencePolicy
+from mig.engine.convergence import Convergence, ConvergencePolicy, Period, PolicyMaker
+from mig.engine.dirtylimit import DirtyLimit
 from mig.engine.migration import Migration
+from mig.engine.outlanes import OutgoingLanes, open_lanes
 from mig.engine.precopy import Precopy
 from mig.engine.rate import RateLimit
 from mig.engine.returnpath import ReturnPath
-from mig.errors import ChannelError, IdleTimeoutError, MigError, OptionError
+from mig.engine.unplug import Unplugging
+from mig.errors import (
+    CancelledError,
+    ChannelError,
+    IdleTimeoutError,
+    MigError,
+    OptionError,
+    PeerError,
+)
 from mig.events import Event, PassStarted
-from mig.guest import SourceGuest
-from mig.options import OUTGOING_CAPABILITIES, Capability, MigMode, Options, ZeroPageDetection
+from mig.guest import SourceGuest, UnpluggingGuest
+from mig.multifd.dialect import dialect_of
+from mig.multifd.encode import MultifdEncoder
+from mig.options import (
+    OUTGOING_CAPABILITIES,
+    Capability,
+    MigMode,
+    MultiFDCompression,
+    Options,
+    ZeroPageDetection,
+)
 from mig.ram.compress import CompressEncoder
 from mig.ram.delta import DeltaEncoder
 from mig.ram.encode import PageEncoder, PlainEncoder, RecordWriter, ZeroFinder
@@ -30,7 +55,7 @@ from mig.records import Command, FileHeader
 from mig.state import OUTGOING, Input, Status, Table
 from mig.stats import MigrationInfo, RamStats
 from mig.stream.writer import StreamWriter
-from mig.wire import PING_SETUP, CommandType
+from mig.wire import ADAPTIVE_READY, PING_ADAPTIVE, PING_SETUP, CommandType
 
 #: seconds in which a destination that has everything may still confirm when it is cancelled
 _LAST_CALL = 2.0
@@ -41,7 +66,8 @@ class OutgoingMigration(Migration):
 
     capabilities: names that are on, or a mapping of names to on/off
     parameters:   values by QMP name
-    policy:       when to stop the guest and how far to slow it down; QEMU's when None
+    policy:       when to stop the guest and how far to slow it down, or what makes such a policy,
+                  as the class Patient does; QEMU's when None
     blockers:     reasons against it, shared by all that migrate this guest
     notifiers:    told of the moments of precopy; they may veto
     on_event:     told of every event (see mig.events)
@@ -61,16 +87,14 @@ class OutgoingMigration(Migration):
         *,
         capabilities: Iterable[str] | Mapping[str, bool] = (),
         parameters: Mapping[str, object] | None = None,
-        policy: ConvergencePolicy | None = None,
+        policy: ConvergencePolicy | PolicyMaker | None = None,
         blockers: Blockers | None = None,
         notifiers: Sequence[Notifier] = (),
         on_event: Callable[[Event], None] | None = None,
     ) -> None:
         super().__init__(Options.choose(capabilities, parameters, self.supported), on_event)
         self._guest = guest
-        self._policy = policy or Convergence(
-            lambda: self.parameters, auto_converge=Capability.AUTO_CONVERGE in self.capabilities
-        )
+        self._policy = self._choose_policy(Convergence if policy is None else policy)
         self._blockers = blockers or Blockers()
         self._notifiers = tuple(notifiers)
         self._uri = ""
@@ -82,7 +106,10 @@ class OutgoingMigration(Migration):
         self._log: DirtyLog | None = None
         self._precopy: Precopy | None = None
         self._delta: DeltaEncoder | None = None
-        self._compress: CompressEncoder | None = None
+        self._saver: RamSaver | None = None
+        self._lanes: OutgoingLanes | None = None
+        self._dirty_limit: DirtyLimit | None = None
+        self._unplugging: Unplugging | None = None
         self._go_on = threading.Event()
         self._stopped = False
         self._was_running = True
@@ -90,12 +117,22 @@ class OutgoingMigration(Migration):
         self._last_call: threading.Timer | None = None
         self._running_bytes: int | None = None
 
+    def _choose_policy(self, policy: ConvergencePolicy | PolicyMaker) -> ConvergencePolicy:
+        if not callable(policy):
+            return policy
+        auto_converge = Capability.AUTO_CONVERGE in self.capabilities
+        return policy(lambda: self.parameters, auto_converge=auto_converge)
+
     def start(self, uri: str) -> None:
         """Begin to migrate to ``uri``; returns at once.
 
         UriError when it cannot be read, OptionError when it cannot do what a capability needs,
         BlockedError when something stands against it.
         """
+        if Capability.MULTIFD in self.capabilities:
+            require_many_connections(uri)
+            if self._adapts and Capability.RETURN_PATH not in self.capabilities:
+                raise OptionError("multifd-compression adaptive needs capability 'return-path'")
         able = carries_return_path(parse_uri(uri))
         if Capability.RETURN_PATH in self.capabilities and not able:
             raise OptionError(f"capability 'return-path' is not possible over {uri}")
@@ -105,13 +142,25 @@ class OutgoingMigration(Migration):
             configuration and configuration.uuid
         ):
             raise OptionError("capability 'validate-uuid' needs a guest that has a UUID")
+        if Capability.DIRTY_LIMIT in self.capabilities:
+            self._dirty_limit = DirtyLimit.of(
+                self._guest, lambda: self.parameters, self._peer_failed
+            )
+        needed = configuration.capabilities if configuration else None
+        if Capability.X_IGNORE_SHARED in (needed or ()) and not self._ignores_shared:
+            raise OptionError(
+                "capability 'x-ignore-shared' must be on: the guest is in a stream that was sent "
+                "with it, which may lack shared memory"
+            )
         self._uri = uri
-        self._blockers.begin()
-        try:
-            self._launch()
-        except BaseException:
-            self._blockers.end()
-            raise
+        # the mode that is asked about is the one it has: from here on it cannot change
+        with self._lock:
+            self._blockers.begin(self.parameters.mode)
+            try:
+                self._launch()
+            except BaseException:
+                self._blockers.end()
+                raise
 
     def migrate_continue(self) -> None:
         """Go on from status pre-switchover (QMP command migrate-continue); StateError elsewhere."""
@@ -127,14 +176,15 @@ class OutgoingMigration(Migration):
 
     def query(self) -> MigrationInfo:
         """Return a snapshot of status and statistics."""
-        info = replace(super().query(), blocked_reasons=self._blockers.reasons)
-        precopy = self._precopy
-        if precopy is None:
+        info = replace(
+            super().query(), blocked_reasons=self._blockers.reasons_for(self.parameters.mode)
+        )
+        if self._dirty_limit is not None:
+            info = self._dirty_limit.report(info)
+        precopy, saver = self._precopy, self._saver
+        if precopy is None or saver is None:
             return info
-        if self._delta is not None:
-            info = replace(info, xbzrle_cache=self._delta.stats)
-        if self._compress is not None:
-            info = replace(info, compression=self._compress.stats)
+        info = saver.report(info)
         expected = precopy.expected_downtime
         return replace(
             info,
@@ -160,6 +210,7 @@ class OutgoingMigration(Migration):
         channel = self._connect()
         writer = self._writer = StreamWriter(channel)
         self._notify(Moment.SETUP)
+        self._begin_unplug()
         if self.parameters.mode == MigMode.CPR_REBOOT:
             self._stop_guest()
         blocks = self._guest.source_blocks()
@@ -167,12 +218,15 @@ class OutgoingMigration(Migration):
             block.pages.pin()
             self._pinned.append(block)
         self._start_dirty_log()
-        search = self._search = PageSearch(blocks, self._log)
+        search = self._search = PageSearch(blocks, self._log, ignore_shared=self._ignores_shared)
+        self._send_start(channel, writer)
         encoder = self._make_encoder(writer, search)
         saver = RamSaver(writer, search, encoder, self._guest.ram_section_id, self._counters)
+        self._saver = saver
         saver.footers = self._guest.footers
-        self._send_setup(channel, writer, saver)
-        precopy = self._precopy = self._prepare_precopy(writer, search, saver)
+        saver.start()
+        self._become_active()
+        precopy = self._precopy = self._prepare_precopy(search, saver)
         precopy.run()
         self._switch_over()
         self._complete(writer, saver, precopy)
@@ -180,9 +234,11 @@ class OutgoingMigration(Migration):
 
     def _make_encoder(self, writer: StreamWriter, search: PageSearch) -> PageEncoder:
         records, zeros = RecordWriter(writer), ZeroFinder(self._detects_zero)
+        if Capability.MULTIFD in self.capabilities and search.listed:
+            return self._open_lanes(search, records, zeros)
         encoder: PageEncoder = PlainEncoder(records, zeros, self._counters)
         if Capability.COMPRESS in self.capabilities:
-            encoder = self._compress = CompressEncoder(
+            encoder = CompressEncoder(
                 records,
                 zeros,
                 self._counters,
@@ -191,22 +247,75 @@ class OutgoingMigration(Migration):
                 level=self.parameters.compress_level,
                 waits=lambda: self.parameters.compress_wait_thread,
             )
-        if Capability.XBZRLE in self.capabilities:
-            encoder = self._delta = DeltaEncoder(
-                encoder,
-                records,
-                zeros,
-                search,
-                self._counters,
-                cache_size=lambda: self.parameters.xbzrle_cache_size,
-                last_stage=lambda: self._stopped,
-            )
-        return encoder
+        if Capability.XBZRLE not in self.capabilities:
+            return encoder
+        self._delta = DeltaEncoder(
+            encoder,
+            records,
+            zeros,
+            search,
+            self._counters,
+            cache_size=lambda: self.parameters.xbzrle_cache_size,
+            last_stage=lambda: self._stopped,
+        )
+        return self._delta
 
-    def _end_period(self) -> None:
-        for encoder in (self._delta, self._compress):
-            if encoder is not None:
-                encoder.end_period()
+    def _open_lanes(
+        self, search: PageSearch, records: RecordWriter, zeros: ZeroFinder
+    ) -> MultifdEncoder:
+        if self._adapts:
+            self._agree_to_adapt(records.writer)
+        configuration = self._guest.configuration
+        lanes = open_lanes(
+            self._uri,
+            self._cancel,
+            self.parameters,
+            search.listed[0].pages.page_size,
+            configuration.uuid.bytes if configuration and configuration.uuid else bytes(16),
+            zero_copy=Capability.ZERO_COPY_SEND in self.capabilities,
+            on_error=self._lane_failed,
+        )
+        with self._lock:
+            self._lanes = lanes
+        lanes.start()
+        return MultifdEncoder(
+            lanes,
+            records,
+            zeros,
+            self._counters,
+            dialect_of(configuration.machine if configuration else None),
+            lambda: self.parameters.zero_page_detection,
+            search.listed,
+            adaptive=self._adapts,
+            last_stage=lambda: self._stopped,
+            bandwidth=lambda: self.parameters.max_bandwidth / self.parameters.multifd_channels,
+        )
+
+    @property
+    def _adapts(self) -> bool:
+        return self.parameters.multifd_compression == MultiFDCompression.ADAPTIVE
+
+    def _agree_to_adapt(self, writer: StreamWriter) -> None:
+        """Ask, in a way that every QEMU answers without harm, whether mig is at the other end."""
+        assert self._return_path is not None
+        writer.put(Command.ping(PING_ADAPTIVE).encode())
+        writer.flush()
+        self._return_path.wait_pong(PING_ADAPTIVE, self.parameters.timeout)
+        if ADAPTIVE_READY not in self._return_path.pongs:
+            raise PeerError(
+                "the destination does not take multifd-compression adaptive: it must be mig, with "
+                "the same parameter"
+            )
+
+    def _period_over(self, period: Period, guest_runs: bool) -> None:
+        if self._saver is not None:
+            self._saver.end_period()
+        if self._dirty_limit is not None and guest_runs:
+            self._dirty_limit.period_over(period)
+
+    @property
+    def _ignores_shared(self) -> bool:
+        return Capability.X_IGNORE_SHARED in self.capabilities
 
     def _detects_zero(self) -> bool:
         return self.parameters.zero_page_detection != ZeroPageDetection.NONE
@@ -215,44 +324,60 @@ class OutgoingMigration(Migration):
         channel = connect(self._uri, self._cancel, self.parameters.timeout)
         with self._lock:
             self._channel = channel
-        self._move(Input.CONNECTED)
-        self._mark("connected")
+            if self.status == Status.CANCELLING:
+                # who cancelled has not seen the channel
+                raise CancelledError("cancelled")
         return channel
+
+    def _begin_unplug(self) -> None:
+        guest = self._guest
+        if self.parameters.mode == MigMode.NORMAL and isinstance(guest, UnpluggingGuest):
+            self._unplugging = Unplugging(guest, self._cancel)
+            self._unplugging.begin()
+
+    def _become_active(self) -> None:
+        unplugging = self._unplugging
+        if unplugging is None or not unplugging.pending:
+            self._move(Input.CONNECTED)
+        else:
+            self._move(Input.UNPLUG)
+            unplugging.wait()
+            self._move(Input.UNPLUGGED)
+        self._mark("connected")
 
     def _start_dirty_log(self) -> None:
         self._log = self._guest.dirty_log()
         if self._log is not None:
             self._log.start()
 
-    def _send_setup(self, channel: Channel, writer: StreamWriter, saver: RamSaver) -> None:
+    def _send_start(self, channel: Channel, writer: StreamWriter) -> None:
+        """Everything before RAM."""
         writer.put(FileHeader().encode())
         configuration = self._guest.configuration
         if configuration is not None:
             if Capability.VALIDATE_UUID not in self.capabilities:
                 configuration = replace(configuration, uuid=None)
-            writer.put(configuration.encode())
+            agreed = (str(Capability.X_IGNORE_SHARED),) if self._ignores_shared else None
+            writer.put(replace(configuration, capabilities=agreed).encode())
         if Capability.RETURN_PATH in self.capabilities:
             self._return_path = ReturnPath(channel, self._peer_failed)
             self._return_path.start()
             writer.put(Command(CommandType.OPEN_RETURN_PATH).encode())
             writer.put(Command.ping(PING_SETUP).encode())
-        saver.start()
+        # a destination looks at this before it looks at channels that connect
         writer.flush()
 
-    def _prepare_precopy(
-        self, writer: StreamWriter, search: PageSearch, saver: RamSaver
-    ) -> Precopy:
+    def _prepare_precopy(self, search: PageSearch, saver: RamSaver) -> Precopy:
         return Precopy(
             search,
             saver,
-            writer,
             RateLimit(lambda: self.parameters.max_bandwidth, self._sleep),
             self._policy,
             throttle=self._guest.throttle,
             may_leave=self._may_switch_over,
             notify=self._notify,
+            on_period=self._period_over,
             on_pass=lambda number: self._emit(PassStarted(number)),
-            on_period=self._end_period,
             sleep=self._sleep,
         )
 
@@ -267,9 +392,11 @@ class OutgoingMigration(Migration):
             return
         self._mark("stopped")
         self._stopped = True
-        self._running_bytes = self._writer.offset if self._writer else 0
+        self._running_bytes = self._saver.nbytes if self._saver else 0
         self._was_running = self._guest.running
         self._guest.stop()
+        if self._dirty_limit is not None:
+            self._dirty_limit.end()
 
     def _switch_over(self) -> None:
         self._stop_guest()
@@ -287,6 +414,8 @@ class OutgoingMigration(Migration):
         if self._guest.switchover_start:
             writer.put(Command(CommandType.SWITCHOVER_START).encode())
         saver.end()
+        if self._lanes is not None:
+            self._lanes.finish()
         devices = self._guest.save_devices()
         if self._return_path is not None:
             self._return_path.may_confirm = True
@@ -312,13 +441,18 @@ class OutgoingMigration(Migration):
     def _cleanup(self, *, failed: bool) -> None:
         """Let go of everything, the last first, whatever of it fails."""
         with contextlib.ExitStack() as stack:
-            stack.callback(self._blockers.end)
             for notifier in self._notifiers:
                 stack.callback(notifier, Moment.CLEANUP)
+            if self._unplugging is not None:
+                stack.callback(self._unplugging.close)
+                if failed:
+                    stack.callback(self._unplugging.undo)
             if failed and self._stopped and self._was_running:
                 stack.callback(self._guest.resume)
             if self._precopy is not None and self._precopy.throttle:
                 stack.callback(self._guest.throttle, 0)
+            if self._dirty_limit is not None:
+                stack.callback(self._dirty_limit.end)
             if self._log is not None:
                 stack.callback(self._log.stop)
             for block in self._pinned:
@@ -326,6 +460,9 @@ class OutgoingMigration(Migration):
             stack.callback(self._close_channel)
             if failed and self._return_path is not None:
                 stack.callback(self._prefer_peer_error, self._return_path)
+
+    def _ending(self) -> contextlib.AbstractContextManager[None]:
+        return self._blockers.ending()
 
     def _notify(self, moment: Moment) -> None:
         for notifier in self._notifiers:
@@ -336,6 +473,9 @@ class OutgoingMigration(Migration):
             self._last_call.cancel()
         if self._channel is not None:
             self._channel.cancel()
+        if self._lanes is not None:
+            self._lanes.cancel()
+            self._lanes.close()
         if self._return_path is not None:
             self._return_path.join()
         with self._lock:
@@ -352,6 +492,8 @@ class OutgoingMigration(Migration):
         if isinstance(error, ChannelError) and not isinstance(error, IdleTimeoutError):
             try:
                 return_path.wait_shut(1.0)
+            except CancelledError:
+                pass
             except MigError as said:
                 if self._error is error and said is return_path.error:
                     self._error = said
@@ -359,6 +501,14 @@ class OutgoingMigration(Migration):
     def _peer_failed(self, error: MigError) -> None:
         """Called by the return path's thread: the first error is set before the channel ends."""
         self._fail(error)
+        self._interrupt()
+
+    def _lane_failed(self, error: MigError) -> None:
+        """Called by the channel's thread; the destination may be about to say the reason."""
+        self._fail(error)
+        if self._return_path is not None:
+            with contextlib.suppress(MigError):
+                self._return_path.wait_shut(1.0)
         self._interrupt()
 
     def _interrupt(self) -> None:
@@ -377,6 +527,8 @@ class OutgoingMigration(Migration):
         with self._lock:
             if self._channel is not None:
                 self._channel.cancel()
+            if self._lanes is not None:
+                self._lanes.cancel()
 
     def _sleep(self, seconds: float) -> None:
         """Wait, but no longer than until parameters change."""
@@ -387,8 +539,9 @@ class OutgoingMigration(Migration):
 
     def _ram_stats(self) -> RamStats:
         search, counters, precopy = self._search, self._counters, self._precopy
-        page_size = search.blocks[0].pages.page_size if search and search.blocks else 0
-        transferred = self._writer.offset if self._writer else 0
+        beside = self._saver.nbytes_beside if self._saver else 0
+        transferred = beside + (self._writer.offset if self._writer else 0)
+        page_size = search.listed[0].pages.page_size if search and search.listed else 0
         running = transferred if self._running_bytes is None else self._running_bytes
         stats = RamStats(
             transferred=transferred,
@@ -400,6 +553,8 @@ class OutgoingMigration(Migration):
             dirty_sync_count=precopy.passes if precopy else 0,
             precopy_bytes=running,
             downtime_bytes=transferred - running,
+            multifd_bytes=beside,
+            dirty_sync_missed_zero_copy=self._lanes.copied if self._lanes else 0,
         )
         if precopy is None:
             return stats

@@ -7,11 +7,10 @@ import time
 from collections.abc import Callable
 
 from mig.engine.blockers import Moment
-from mig.engine.convergence import ConvergencePolicy, DirtyRate
+from mig.engine.convergence import ConvergencePolicy, DirtyRate, Period
 from mig.engine.rate import RateLimit
 from mig.ram.save import RamSaver
 from mig.ram.search import MAX_BATCH, PageSearch
-from mig.stream.writer import StreamWriter
 
 #: seconds that the loop sends before it looks around, as ram_save_iterate() does
 SLICE = 0.05
@@ -26,8 +25,8 @@ class Precopy:
     throttle:  slows the guest down to a percentage of its time
     may_leave: whether the destination agrees to the switchover
     notify:    told of each sync of the bitmap
+    on_period: told of each period of a second or more that a sync ends, and whether the guest runs
     on_pass:   told the number of each pass over dirty memory, before it begins
-    on_period: told when a period of a second or more ends with a sync
     sleep:     waits so many seconds, or raises when the migration is cancelled
     """
 
@@ -35,35 +34,33 @@ class Precopy:
         self,
         search: PageSearch,
         saver: RamSaver,
-        writer: StreamWriter,
         limit: RateLimit,
         policy: ConvergencePolicy,
         *,
         throttle: Callable[[int], None],
         may_leave: Callable[[], bool],
         notify: Callable[[Moment], None],
+        on_period: Callable[[Period, bool], None],
         on_pass: Callable[[int], None],
-        on_period: Callable[[], None] = lambda: None,
         sleep: Callable[[float], None],
     ) -> None:
         self._search = search
         self._saver = saver
-        self._writer = writer
         self._limit = limit
         self._policy = policy
         self._throttle_guest = throttle
         self._may_leave = may_leave
         self._notify = notify
-        self._on_pass = on_pass
         self._on_period = on_period
+        self._on_pass = on_pass
         self._sleep = sleep
-        self._page_size = search.blocks[0].pages.page_size if search.blocks else 1
+        self._page_size = search.listed[0].pages.page_size if search.listed else 1
         self._dirty_at_sync = search.remaining
         self._hints: list[tuple[str, int, int]] = []
         self._hints_lock = threading.Lock()
         now = time.monotonic()
-        self._dirty_rate = DirtyRate(self._page_size, now, writer.offset)
-        self._window = (now, writer.offset, saver.npages)
+        self._dirty_rate = DirtyRate(self._page_size, now, saver.nbytes)
+        self._window = (now, saver.nbytes, saver.npages)
         #: passes over dirty memory, also the one at the start (QEMU's dirty-sync-count)
         self.passes = 0
         #: bytes of stream per second, pages per second, in the last window
@@ -97,12 +94,13 @@ class Precopy:
             self._apply_hints()
             fresh = self._search.sync()
         self._dirty_at_sync = self._search.remaining
+        self._policy.synced(self._dirty_at_sync)
         self._notify(Moment.AFTER_BITMAP_SYNC)
         self._begin_pass()
-        period = self._dirty_rate.synced(fresh, time.monotonic(), self._writer.offset)
+        period = self._dirty_rate.synced(fresh, time.monotonic(), self._saver.nbytes)
         if period is None:
             return
-        self._on_period()
+        self._on_period(period, guest_runs)
         if not guest_runs:
             return
         percent = self._policy.throttle(period)
@@ -116,8 +114,11 @@ class Precopy:
         What is written to them from now on is sent, as all that is written. ValueError: no such
         pages.
         """
-        lengths = {block.idstr: block.pages.npages for block in self._search.blocks}
-        if first < 0 or npages < 0 or first + npages > lengths.get(idstr, -1):
+        try:
+            end = self._search[idstr].pages.npages
+        except KeyError:
+            end = -1
+        if first < 0 or npages < 0 or first + npages > end:
             raise ValueError(f"there are no pages {first} to {first + npages} of block '{idstr}'")
         # with manual clear a write before the chunk is cleared would be in nobody's log
         if not self._search.clears_chunks:
@@ -146,9 +147,9 @@ class Precopy:
         return remaining > 0 and remaining >= self._policy.threshold
 
     def _send_slice(self) -> None:
-        """Send until the slice is over, or until nothing is dirty."""
+        """Send until the slice and the host page are over, or until nothing is dirty."""
         end = time.monotonic() + SLICE
-        while (now := time.monotonic()) < end:
+        while (now := time.monotonic()) < end or self._search.inside_host_page:
             if self._hints:
                 with self._hints_lock:
                     self._apply_hints()
@@ -160,16 +161,17 @@ class Precopy:
                 if not self._may_leave():
                     self._sleep(end - now)
                 return
-            before = self._writer.offset
+            before = self._saver.nbytes
             self._saver.part(batch)
-            self._writer.flush()
-            self._limit.spend(self._writer.offset - before)
+            if room is not None:
+                self._saver.settle()
+            self._limit.spend(self._saver.nbytes - before)
             self._measure()
 
     def _measure(self, *, nothing_left: bool = False) -> None:
         """Close the window when it is long enough; a short first one is better than none."""
         began, offset, npages = self._window
-        now, sent = time.monotonic(), self._writer.offset
+        now, sent = time.monotonic(), self._saver.nbytes
         seconds = now - began
         enough = seconds >= WINDOW or (nothing_left and not self.bandwidth and seconds > 0)
         if not enough:

@@ -1,6 +1,13 @@
 """What a migration needs from a guest, and guests: a program's own, and threads that write."""
 
-from mig.guest.base import DestinationGuest, SourceGuest
+from mig.guest.base import (
+    DestinationGuest,
+    LaneTarget,
+    PerVcpuGuest,
+    SourceGuest,
+    UnpluggingGuest,
+    VcpuThrottle,
+)
 from mig.guest.kvm import KvmGuest
 from mig.guest.memory import MemoryGuest
 from mig.guest.process import CorruptPage, GuestCounters, GuestReport, ProcessGuest
@@ -11,7 +18,11 @@ __all__ = [
     "GuestCounters",
     "GuestReport",
     "KvmGuest",
+    "LaneTarget",
     "MemoryGuest",
+    "PerVcpuGuest",
     "ProcessGuest",
     "SourceGuest",
+    "UnpluggingGuest",
+    "VcpuThrottle",
 ]

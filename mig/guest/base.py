@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from typing import Protocol, runtime_checkable
 
+from mig import _core
 from mig.dirty import DirtyLog
 from mig.ram.search import SourceBlock
 from mig.records import Configuration
@@ -51,6 +52,61 @@ class SourceGuest(Protocol):
         """Return the device sections, EOF and description. Called after stop()."""
 
 
+class VcpuThrottle(Protocol):
+    """vCPUs whose writes are counted, and which are slowed down, one by one. Any thread."""
+
+    @property
+    def page_size(self) -> int:
+        """Bytes of the pages that are counted."""
+
+    @property
+    def round_pages(self) -> int:
+        """Entries of a vCPU's dirty ring; for statistics alone."""
+
+    def dirty_pages(self) -> Sequence[int]:
+        """Return how many pages each vCPU has made dirty up to now; only differences matter."""
+
+    def throttle_vcpu(self, vcpu: int, share: float) -> None:
+        """Make a vCPU stand still for this share of its time, 0 to 0.99.
+
+        In turns of no more than 0.1 s or so: shares are chosen by what is written in 0.3 s.
+        """
+
+
+@runtime_checkable
+class PerVcpuGuest(Protocol):
+    """What a SourceGuest may have besides: capability dirty-limit needs it."""
+
+    def vcpu_throttle(self) -> VcpuThrottle | None:
+        """Return the vCPUs, None where they cannot be told apart. Called by who starts it."""
+
+
+@runtime_checkable
+class UnpluggingGuest(Protocol):
+    """What a SourceGuest also has if devices of it must be unplugged before it migrates.
+
+    As QEMU's failover primaries, which cannot migrate while their standby can. It takes part in
+    mode normal. The migration stands in status wait-unplug as long as one of them is there.
+    """
+
+    @property
+    def unplug_pending(self) -> bool:
+        """Whether a device that was asked to go is still there."""
+
+    def unplug(self, changed: Callable[[], None]) -> None:
+        """Ask these devices to go, and return at once. Called by the migration's own thread.
+
+        changed: to be called, by any thread, whenever unplug_pending has changed; at any time, also
+                 after the migration
+        """
+
+    def replug(self) -> None:
+        """Plug them in again: the migration failed or was cancelled. Called by its own thread.
+
+        Called when they are gone, or when they did not go within 30 seconds.
+        """
+
+
 class DestinationGuest(LoadTarget, Protocol):
     """A guest that can be received. All methods are called by the migration's own thread.
 
@@ -62,3 +118,16 @@ class DestinationGuest(LoadTarget, Protocol):
 
     def abort(self) -> None:
         """The migration failed or was cancelled: leave nothing behind. Never after commit()."""
+
+
+@runtime_checkable
+class LaneTarget(Protocol):
+    """What a DestinationGuest needs besides for capability multifd."""
+
+    def open_lanes(
+        self, receiver: _core.MultifdReceiver, parser: _core.RamParser, section_id: int
+    ) -> None:
+        """Say where the pages of each block go: `to_memory` or `to_log`. Follows open_blocks().
+
+        section_id: of `ram`
+        """

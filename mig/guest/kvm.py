@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 import struct
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -12,10 +13,11 @@ import numpy as np
 from mig import _core
 from mig.dirty.kvm import CHUNK_PAGES, KvmDirtyLog, KvmDirtyRing, choose_log
 from mig.errors import KvmError, KvmUnavailableError, MigError, MismatchError
+from mig.guest.base import VcpuThrottle
 from mig.guest.kvmstate import IDSTR, PARTS, VERSION, decode_state, encode_state
 from mig.guest.memory import MemoryGuest
 from mig.memory import GuestMemory
-from mig.records import Configuration
+from mig.records import BlockInfo, Configuration
 from mig.savevm.devices import DeviceState
 
 MACHINE = "mig-kvm"
@@ -95,6 +97,22 @@ class VcpuProgress:
     pages_written: int
 
 
+class _RingVcpus:
+    """VcpuThrottle of a machine with dirty rings."""
+
+    page_size = _core.KVM_PAGE
+
+    def __init__(self, vm: _core.KvmVm, ring_entries: int) -> None:
+        self._vm = vm
+        self.round_pages = ring_entries
+
+    def dirty_pages(self) -> Sequence[int]:
+        return self._vm.collect()
+
+    def throttle_vcpu(self, vcpu: int, share: float) -> None:
+        self._vm.limit(vcpu, share)
+
+
 class KvmGuest(MemoryGuest):
     """A MemoryGuest whose memory is written by vCPUs of /dev/kvm.
 
@@ -105,8 +123,11 @@ class KvmGuest(MemoryGuest):
     ring_entries: of each vCPU's ring with "ring", a power of two
 
     It is made stopped. A source calls boot() and resume(); a destination has its state loaded, then
-    resume(). Each vCPU walks its share of memory again and again: it checks that a page holds what
-    it wrote last, and fills it with another value; `corrupt` counts the pages that did not.
+    resume(). What was loaded in part only does not run, until it is loaded whole or booted.
+
+    Each vCPU walks its share of memory again and again: it checks that a page holds what it wrote
+    last, and fills it with another value; `corrupt` counts the pages that did not. With "ring" the
+    guest can be migrated with capability dirty-limit.
 
     KvmUnavailableError, with what failed, where KVM cannot run it.
     """
@@ -145,6 +166,8 @@ class KvmGuest(MemoryGuest):
             vm.close()
             raise
         self._running = False
+        self._incomplete = False  # a stream is being loaded, or its load was given up
+        self._ring = _RingVcpus(vm, ring_entries) if kind == "ring" else None
         #: identities of the vCPUs
         self.vcpus: Sequence[int] = range(vcpus)
         for index in self.vcpus:
@@ -159,8 +182,10 @@ class KvmGuest(MemoryGuest):
         key:         64-bit part of every value written, random when None
         pace:        turns of an empty loop after each page
 
-        ValueError for a working set that memory has no room for.
+        ValueError for a working set that memory has no room for, MigError while it is loaded.
         """
+        if self._loading:
+            raise MigError("this guest is being loaded")
         npages = sum(block.pages.npages for block in self.memory)
         boot = _core.kvm_boot_pages(npages)
         count = npages - boot
@@ -176,6 +201,17 @@ class KvmGuest(MemoryGuest):
         self._vm.boot(
             npages - count, count, key=secrets.randbits(64) if key is None else key, pace=pace
         )
+        self._incomplete = False
+
+    def resume(self) -> None:
+        """Let the vCPUs run; MigError while its state is there in part only."""
+        if self._incomplete:
+            raise MigError("this guest is loaded in part only: it can be loaded again, or booted")
+        super().resume()
+
+    def vcpu_throttle(self) -> VcpuThrottle | None:
+        """Return what dirty-limit needs, None without dirty rings."""
+        return self._ring
 
     def close(self) -> None:
         """End the vCPUs. The memory stays its owner's."""
@@ -213,8 +249,11 @@ class KvmGuest(MemoryGuest):
 
     def wait_heartbeats(self, more: int, timeout: float) -> bool:
         """Wait until every vCPU has ended ``more`` rounds from now; False: not in ``timeout`` s."""
+        end = time.monotonic() + timeout
         goals = {index: self.heartbeats(index) + more for index in self.vcpus}
-        return all(self._vm.wait(index, goal, timeout) for index, goal in goals.items())
+        return all(
+            self._vm.wait(index, goal, end - time.monotonic()) for index, goal in goals.items()
+        )
 
     def progress(self, vcpu: int) -> VcpuProgress:
         """Return where a vCPU is; KvmError while it runs."""
@@ -268,6 +307,20 @@ class KvmGuest(MemoryGuest):
         if self._running:
             raise MigError("this guest runs: its memory cannot be loaded")
         super().configure(configuration)
+
+    def open_blocks(self, blocks: Sequence[BlockInfo], page_size: int) -> None:
+        """MismatchError unless the blocks are this guest's. What it held before is given up."""
+        super().open_blocks(blocks, page_size)
+        self._incomplete = True
+
+    def commit(self) -> None:
+        """The guest is all here: resume() may be called."""
+        super().commit()
+        self._incomplete = False
+
+    def abort(self) -> None:
+        """Release the memory; what is in there, and in the vCPUs, does not run."""
+        super().commit()
 
     def load_devices(self, state: DeviceState) -> None:
         """Give the sections to the devices; MismatchError unless every vCPU has one."""

@@ -64,6 +64,8 @@ class MemoryGuest:
         self._running = True
         self._uuid = uuid
         self._loading: list[tuple[_core.Pages, _core.Bitmap, bool]] = []
+        # shared with the source, which must not send them: idstr by place in the block list
+        self._ignored: dict[int, str] = {}
 
     # ---- source -----------------------------------------------------------------------------
 
@@ -80,6 +82,9 @@ class MemoryGuest:
                     detect_zero=True,
                     dirty=dirty,
                     discarded=tuple(self.discarded.get(block.idstr, ())),
+                    shared=block.shared,
+                    address=block.address,
+                    host_page_size=block.host_page_size,
                 )
             )
         return blocks
@@ -127,7 +132,10 @@ class MemoryGuest:
             raise MismatchError(f"UUID received is {theirs} and local is {mine}")
 
     def open_blocks(self, blocks: Sequence[BlockInfo], page_size: int) -> None:
-        """MismatchError unless the blocks are this guest's, of the same page size and lengths."""
+        """MismatchError unless the blocks are this guest's, of the same page size and lengths.
+
+        Shared blocks must be at the same guest-physical address in a stream that leaves them out.
+        """
         if page_size != self.memory.page_size:
             raise MismatchError(
                 f"the stream has pages of {page_size} bytes, this guest of {self.memory.page_size}"
@@ -146,17 +154,36 @@ class MemoryGuest:
                     f"{block.used_length}",
                     block=info.idstr,
                 )
+            ignored = block.shared and info.address is not None
+            if ignored and info.address != block.address:
+                raise MismatchError(
+                    f"Mismatched GPAs for block {info.idstr} {info.address}!= {block.address}",
+                    block=info.idstr,
+                )
             block.pages.pin()
             received = _core.Bitmap(block.pages.npages)
-            self._loading.append((block.pages, received, block.take_fresh()))
+            fresh = not ignored and block.take_fresh()
+            self._loading.append((block.pages, received, fresh))
+            if ignored:
+                self._ignored[len(self._loading) - 1] = info.idstr
 
     def put(
         self, parser: _core.RamParser, data: bytes | bytearray | memoryview, start: int
     ) -> None:
         """Copy a burst into memory."""
         if parser.npages:
+            if parser.current in self._ignored:
+                idstr = self._ignored[parser.current]
+                raise _core.RamRecordError(f"block {idstr} should not be migrated")
             pages, received, fresh = self._loading[parser.current]
             parser.place(data, start, pages, received, fresh)
+
+    def open_lanes(
+        self, receiver: _core.MultifdReceiver, parser: _core.RamParser, section_id: int
+    ) -> None:
+        """Have the channels put pages straight into memory."""
+        for number, (pages, received, fresh) in enumerate(self._loading):
+            receiver.to_memory(number, pages, received, fresh)
 
     def ram_started(self, section_id: int, footers: bool) -> None:
         """Nothing to note."""
@@ -173,6 +200,7 @@ class MemoryGuest:
         for pages, _, _ in self._loading:
             pages.unpin()
         self._loading.clear()
+        self._ignored.clear()
 
     def abort(self) -> None:
         """Release the memory to its owner; its contents are whatever had arrived."""

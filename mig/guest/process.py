@@ -15,9 +15,11 @@ from numpy.typing import NDArray
 from mig import _core
 from mig.dirty import DirtyLog, SharedDirtyLog
 from mig.errors import MigError, MismatchError
+from mig.guest.base import VcpuThrottle
 from mig.guest.memory import MemoryGuest
 from mig.memory import GuestMemory
 from mig.records import BlockInfo, Configuration
+from mig.savevm.devices import DeviceState
 from mig.savevm.registry import DeviceRegistry
 from mig.wire import DEFAULT_PAGE_BITS
 
@@ -26,8 +28,10 @@ LEDGER = "ledger"
 _MACHINE = "mig-process"
 _DEVICE = "workers"
 _ENTRY = 8  # bytes of the ledger for each page
+_ROUND_PAGES = 4096  # nothing is taken off a worker: as many as KVM guests' rings have
 _FIELD = {name: column for column, name in enumerate(_core.WORKER_FIELDS)}
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+_NO_BOOT = bytes(16)
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,6 +171,23 @@ class _Load:
         return load, boot_id
 
 
+class _Workers:
+    """VcpuThrottle of workers. A page counts at every write, in a ring once until it is taken."""
+
+    round_pages = _ROUND_PAGES
+
+    def __init__(self, workload: _core.Workload) -> None:
+        self._workload = workload
+        self.page_size = workload.ram.page_size
+
+    def dirty_pages(self) -> Sequence[int]:
+        writes = self._workload.state()[:, _FIELD["writes"]]
+        return [int(count) for count in writes]
+
+    def throttle_vcpu(self, vcpu: int, share: float) -> None:
+        self._workload.limit(vcpu, share)
+
+
 class ProcessGuest(MemoryGuest):
     """A guest whose vCPUs are threads of this process, which write its memory.
 
@@ -273,6 +294,10 @@ class ProcessGuest(MemoryGuest):
         """
         self._existing().throttle(percent)
 
+    def vcpu_throttle(self) -> VcpuThrottle | None:
+        """Return the workers for dirty-limit, None for a guest that is not there."""
+        return None if self._workload is None else _Workers(self._workload)
+
     def counters(self) -> GuestCounters:
         """Return what the workers have done; they go on meanwhile."""
         return GuestCounters(**self._count(self._existing().state()))
@@ -326,6 +351,12 @@ class ProcessGuest(MemoryGuest):
             self._drop_workload()
         self._incomplete = False
 
+    def load_devices(self, state: DeviceState) -> None:
+        """Give the sections to the devices; MismatchError when there are no workers in them."""
+        super().load_devices(state)
+        if self._workload is None:
+            raise MismatchError("the stream lacks this guest's workers", section=_DEVICE)
+
     # ---- device -----------------------------------------------------------------------------
 
     def _save_workers(self) -> bytes:
@@ -333,18 +364,21 @@ class ProcessGuest(MemoryGuest):
         return self._load.encode(_boot_id()) + self._existing().state().astype(">u8").tobytes()
 
     def _load_workers(self, payload: bytes, version_id: int) -> None:
+        if self._workload is not None:
+            raise MismatchError("the stream has the workers twice", section=_DEVICE)
         try:
             load, boot_id = _Load.decode(payload)
             if (load.npages, load.page_size) != (self._load.npages, self._load.page_size):
                 raise ValueError(f"{load.npages} pages of {load.page_size} bytes are not its own")
             words = np.frombuffer(payload[_Load.FORMAT.size :], dtype=">u8")
             state = words.astype(np.uint64).reshape(load.workers, len(_FIELD))
-            if boot_id != _boot_id():
+            if boot_id == _NO_BOOT or boot_id != _boot_id():
                 # times of another clock
                 state[:, _FIELD["last_tick"]] = 0
             self._workload = self._make_workload(load)
             self._workload.set_state(state)
-        except ValueError as error:
+        except (ValueError, OSError) as error:
+            # OSError: this machine does not let it have so many threads
             self._drop_workload()
             raise MismatchError(str(error), section=_DEVICE) from error
         self._load = load
@@ -405,5 +439,8 @@ def _check_rate(rate: int) -> None:
 
 
 def _boot_id() -> bytes:
-    """Return what tells this boot of this kernel from any other: 16 bytes."""
-    return uuid.UUID(_BOOT_ID.read_text().strip()).bytes
+    """Return what tells this boot of this kernel from any other: 16 bytes, zeros: not known."""
+    try:
+        return uuid.UUID(_BOOT_ID.read_text().strip()).bytes
+    except OSError:
+        return _NO_BOOT

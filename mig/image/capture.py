@@ -110,6 +110,14 @@ class StreamCapture:
             with self._naming_file():
                 self._open_log(parser).put(data, start)
 
+    def open_lanes(
+        self, receiver: _core.MultifdReceiver, parser: _core.RamParser, section_id: int
+    ) -> None:
+        """Have the channels put pages into the file, one at a time."""
+        self._section_id = section_id
+        with self._naming_file():
+            receiver.to_log(self._open_log(parser))
+
     def switchover_started(self) -> None:
         """Keep the command for the file."""
         self._switchover_start = True

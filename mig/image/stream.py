@@ -15,6 +15,7 @@ from mig import _core
 from mig.channel.uri import FileUri, parse_uri
 from mig.dirty import DirtyLog
 from mig.errors import ChannelError, OptionError, TruncatedError
+from mig.options import Capability
 from mig.pages import PagePlaces
 from mig.ram.search import SourceBlock
 from mig.records import BlockInfo, Command, Configuration
@@ -30,6 +31,7 @@ class BlockSummary:
     """What an image holds of one RAM block, in pages.
 
     data: pages with contents; zero: pages known to be zero; missing: pages never sent
+    address: guest-physical, in a stream with x-ignore-shared; None in any other
     """
 
     idstr: str
@@ -37,6 +39,12 @@ class BlockSummary:
     data: int
     zero: int
     missing: int
+    address: int | None = None
+
+    @property
+    def ignored(self) -> bool:
+        """Whether the block was left out because its memory is shared (x-ignore-shared)."""
+        return self.address is not None and not (self.data or self.zero)
 
 
 class _Index:
@@ -121,7 +129,12 @@ class StreamImage:
             reader = StreamReader(data=stream)
             try:
                 StreamLoader(
-                    reader, index, on_command=_ignore, counters=counters, page_size=page_size
+                    reader,
+                    index,
+                    on_command=_ignore,
+                    counters=counters,
+                    page_size=page_size,
+                    capabilities=None,
                 ).run()
             finally:
                 # an error's traceback holds the reader
@@ -137,6 +150,12 @@ class StreamImage:
         return self.configuration.machine if self.configuration else None
 
     @property
+    def ignores_shared(self) -> bool:
+        """Whether it was sent with capability x-ignore-shared, and must be sent so again."""
+        named = self.configuration.capabilities if self.configuration else None
+        return Capability.X_IGNORE_SHARED in (named or ())
+
+    @property
     def page_size(self) -> int:
         """Target page size in bytes."""
         return self._index.page_size
@@ -149,7 +168,9 @@ class StreamImage:
             data = int(np.count_nonzero(places > 0))
             zero = int(np.count_nonzero(places == _core.PAGE_ZERO))
             missing = len(places) - data - zero
-            out.append(BlockSummary(block.idstr, block.used_length, data, zero, missing))
+            out.append(
+                BlockSummary(block.idstr, block.used_length, data, zero, missing, block.address)
+            )
         return tuple(out)
 
     @property
@@ -187,7 +208,18 @@ class StreamImage:
             dirty = _core.Bitmap(len(places))
             bits = np.packbits(places != _core.PAGE_NONE, bitorder="little")
             np.asarray(dirty).view(np.uint8)[: len(bits)] = bits
-            out.append(SourceBlock(block.idstr, block.used_length, pages, False, dirty))
+            out.append(
+                SourceBlock(
+                    block.idstr,
+                    block.used_length,
+                    pages,
+                    detect_zero=False,
+                    dirty=dirty,
+                    # left out once, left out again
+                    shared=block.address is not None and not bits.any(),
+                    address=block.address,
+                )
+            )
         return out
 
     def dirty_log(self) -> DirtyLog | None:

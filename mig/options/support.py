@@ -10,19 +10,25 @@ OUTGOING_CAPABILITIES: Final = frozenset(
     {
         Capability.AUTO_CONVERGE,
         Capability.COMPRESS,
+        Capability.DIRTY_LIMIT,
+        Capability.MULTIFD,
         Capability.PAUSE_BEFORE_SWITCHOVER,
         Capability.RETURN_PATH,
         Capability.SWITCHOVER_ACK,
         Capability.VALIDATE_UUID,
+        Capability.X_IGNORE_SHARED,
         Capability.XBZRLE,
+        Capability.ZERO_COPY_SEND,
     }
 )
 INCOMING_CAPABILITIES: Final = frozenset(
     {
         Capability.COMPRESS,
+        Capability.MULTIFD,
         Capability.RETURN_PATH,
         Capability.SWITCHOVER_ACK,
         Capability.VALIDATE_UUID,
+        Capability.X_IGNORE_SHARED,
         Capability.XBZRLE,
     }
 )
@@ -44,7 +50,13 @@ SUPPORTED_PARAMETERS: Final = frozenset(
         "max-bandwidth",
         "max-cpu-throttle",
         "mode",
+        "multifd-channels",
+        "multifd-compression",
+        "multifd-zlib-level",
+        "multifd-zstd-level",
         "throttle-trigger-threshold",
+        "vcpu-dirty-limit",
+        "x-vcpu-dirty-limit-period",
         "xbzrle-cache-size",
         "zero-page-detection",
     }

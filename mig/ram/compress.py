@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 from mig import _core
 from mig.errors import MigError, OptionError
-from mig.ram.encode import RecordWriter, ZeroFinder
+from mig.ram.encode import PageEncoder, RecordWriter, ZeroFinder
 from mig.ram.search import PageBatch
-from mig.stats import CompressionStats, RamCounters
+from mig.stats import CompressionStats, MigrationInfo, RamCounters
 
 #: bytes of pages that are compressed, or wait to be put, at once
 _AT_ONCE = 4 << 20
@@ -18,7 +19,7 @@ _MAX_PAGE = 1 << 16
 _LOOK = 32
 
 
-class CompressEncoder:
+class CompressEncoder(PageEncoder):
     """ZERO and COMPRESS_PAGE records; matches save_compress_page() of QEMU before 9.1.
 
     nthreads: that compress
@@ -102,12 +103,6 @@ class CompressEncoder:
             self._records.put_compressed(batch.block, finished, None, self._compressor, skip=False)
             self._counters.add(len(finished), 0, npacked=len(finished))
 
-    def end_section(self) -> None:
-        """Nothing is kept back."""
-
-    def begin_pass(self) -> None:
-        """Every pass is alike."""
-
     def end_period(self) -> None:
         """A period is over: compute its rates; matches migration_update_rates() before 9.1."""
         pages, nbytes = self._compressor.compressed, self._compressor.record_bytes
@@ -119,6 +114,10 @@ class CompressEncoder:
             return
         rate = (pages - pages_before) * self._page_size / packed if packed else self._rates[1]
         self._rates = ((self._busy - busy_before) / sent, rate)
+
+    def report(self, info: MigrationInfo) -> MigrationInfo:
+        """Add the statistics of compression. Any thread."""
+        return replace(info, compression=self.stats)
 
     @property
     def stats(self) -> CompressionStats:

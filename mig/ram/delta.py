@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from mig import _core
 from mig.errors import OptionError
 from mig.ram.encode import PageEncoder, RecordWriter, ZeroFinder
 from mig.ram.search import PageBatch, PageSearch
-from mig.stats import RamCounters, XbzrleStats
+from mig.stats import MigrationInfo, RamCounters, XbzrleStats
 
 #: bytes of a page, so that the flag 0x40 is none of the bits of its offset
 _MIN_PAGE = 128
 
 
-class DeltaEncoder:
+class DeltaEncoder(PageEncoder):
     """Matches save_xbzrle_page(): in the first full round as ``plain`` does, then differences.
 
     cache_size: bytes that the cache is to have, read at each batch; it can change
@@ -105,10 +106,6 @@ class DeltaEncoder:
             # no reason to fail: statistics tell the size that there is
             return
 
-    def end_section(self) -> None:
-        """Nothing is kept back."""
-        self._plain.end_section()
-
     def begin_pass(self) -> None:
         """The age of what is cached is counted in syncs of the dirty bitmap."""
         self._generation += 1
@@ -116,6 +113,7 @@ class DeltaEncoder:
 
     def end_period(self) -> None:
         """A period is over: compute its rates; matches migration_update_rates()."""
+        self._plain.end_period()
         cache = self._cache
         pages, nbytes, misses = cache.hits, cache.record_bytes, cache.misses
         records = self._counters.records
@@ -127,6 +125,10 @@ class DeltaEncoder:
         encoded = nbytes - nbytes_before
         whole = (pages - pages_before) * self._page_size
         self._rates = ((misses - misses_before) / sent, whole / encoded if encoded else 0.0)
+
+    def report(self, info: MigrationInfo) -> MigrationInfo:
+        """Add the statistics of the cache. Any thread."""
+        return replace(self._plain.report(info), xbzrle_cache=self.stats)
 
     @property
     def stats(self) -> XbzrleStats:

@@ -2,27 +2,44 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Protocol
 
 from mig import _core
 from mig.pages import PageIndex
 from mig.ram.search import PageBatch, SourceBlock
-from mig.stats import RamCounters
+from mig.stats import MigrationInfo, RamCounters
 from mig.stream.writer import StreamWriter
+from mig.wire import SectionType
 
 
-class PageEncoder(Protocol):
+class PageEncoder(ABC):
     """Sends batches of pages, on the main stream or beside it."""
 
+    @abstractmethod
     def encode(self, batch: PageBatch) -> None:
         """Send the batch; a section of `ram` is open."""
 
-    def end_section(self) -> None:
-        """The section that is open is about to end."""
+    @property
+    def nbytes_beside(self) -> int:
+        """Bytes sent over other connections than the main stream's."""
+        return 0
+
+    def end_section(self, kind: SectionType) -> None:
+        """The section that is open, a START, PART or END, is about to end."""
 
     def begin_pass(self) -> None:
         """The dirty log was synced: pages that were sent before may be sent again."""
+
+    def settle(self) -> None:
+        """Wait until what was given is counted in `nbytes_beside`, or on the main stream."""
+
+    def end_period(self) -> None:
+        """A second or so is over, for which rates may be computed."""
+
+    def report(self, info: MigrationInfo) -> MigrationInfo:
+        """Add statistics of this encoding. Any thread."""
+        return info
 
 
 class RecordWriter:
@@ -105,7 +122,7 @@ class ZeroFinder:
         return None, len(batch.index) - block.pages.count_stored(batch.index)
 
 
-class PlainEncoder:
+class PlainEncoder(PageEncoder):
     """Whole pages and zero pages; matches save_zero_page() and save_normal_page()."""
 
     def __init__(self, records: RecordWriter, zeros: ZeroFinder, counters: RamCounters) -> None:
@@ -118,9 +135,3 @@ class PlainEncoder:
         zero, nzero = self._zeros.find(batch)
         self._records.put(batch.block, batch.index, zero)
         self._counters.add(len(batch.index), nzero)
-
-    def end_section(self) -> None:
-        """Nothing is kept back."""
-
-    def begin_pass(self) -> None:
-        """Every pass is alike."""

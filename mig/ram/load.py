@@ -30,13 +30,28 @@ class PageSink(Protocol):
         """Take the parser's last burst, parsed from ``data`` at ``start``."""
 
 
+class PageLanes(Protocol):
+    """Channels beside the main stream that bring pages, too (multifd)."""
+
+    def open(self, parser: _core.RamParser, section_id: int) -> None:
+        """The blocks are known: pages can come."""
+
+    def sync(self) -> None:
+        """Wait until every channel has come to this place."""
+
+
 class RamLoader:
     """Reads payloads of the `ram` section of one stream.
 
     decompress_threads: how many inflate compressed pages, once there are some
+    addresses: whether the block list has them (capability x-ignore-shared)
 
     The current block is remembered over sections: the first record of a section may say CONTINUE.
     Matches ram_load() and ram_load_precopy() of QEMU.
+
+    section_id: of `ram`
+    lanes:      None: pages come on the main stream only
+    sync_every_section: whether the lanes are synchronised where a section ends
     """
 
     def __init__(
@@ -47,12 +62,20 @@ class RamLoader:
         counters: RamCounters,
         *,
         decompress_threads: int = 2,
+        section_id: int = 0,
+        lanes: PageLanes | None = None,
+        sync_every_section: bool = False,
+        addresses: bool = False,
     ) -> None:
+        self._section_id = section_id
+        self._lanes = lanes
+        self._sync_every_section = sync_every_section
         self._reader = reader
         self._sink = sink
         self._page_size = page_size
         self._counters = counters
         self._decompress_threads = decompress_threads
+        self._addresses = addresses
         self._parser: _core.RamParser | None = None
         self.blocks: tuple[BlockInfo, ...] = ()
 
@@ -72,7 +95,8 @@ class RamLoader:
             return
         if flags != RamFlag.MEM_SIZE:
             raise reader.error(f"RAM record {flags!r} before the block list", offset=at)
-        listed = BlockList.read(reader, word & ~(self._page_size - 1), self._page_size)
+        total = word & ~(self._page_size - 1)
+        listed = BlockList.read(reader, total, self._page_size, addresses=self._addresses)
         self.blocks = listed.blocks
         try:
             self._sink.open_blocks(self.blocks, self._page_size)
@@ -88,6 +112,8 @@ class RamLoader:
             self._page_size,
             threads=self._decompress_threads,
         )
+        if self._lanes is not None:
+            self._lanes.open(self._parser, self._section_id)
 
     def _load_pages(self, parser: _core.RamParser) -> None:
         """The hot loop: every turn parses and places one burst, a buffer full if it is there."""
@@ -110,7 +136,16 @@ class RamLoader:
             if stop == _core.STOP_MORE:
                 reader.need(parser.need, "a RAM record")
             elif stop == _core.STOP_OTHER:
-                raise self._unknown_record(parser)
+                self._other_record(parser)
+        if self._lanes is not None and self._sync_every_section:
+            self._lanes.sync()
+
+    def _other_record(self, parser: _core.RamParser) -> None:
+        """The next record is no page."""
+        if parser.word != RamFlag.MULTIFD_FLUSH or self._lanes is None:
+            raise self._unknown_record(parser)
+        self._reader.u64("a RAM record")
+        self._lanes.sync()
 
     def _block_name(self, parser: _core.RamParser) -> str | None:
         return self.blocks[parser.current].idstr if parser.current >= 0 else None

@@ -7,7 +7,7 @@ import struct
 from mig.ram.encode import PageEncoder
 from mig.ram.search import PageBatch, PageSearch
 from mig.records import BlockInfo, BlockList, SectionHeader, encode_continuation, encode_footer
-from mig.stats import RamCounters
+from mig.stats import MigrationInfo, RamCounters
 from mig.stream.writer import StreamWriter
 from mig.wire import RAM_IDSTR, RAM_VERSION, RamFlag, SectionType
 
@@ -34,26 +34,42 @@ class RamSaver:
         self.footers = True
 
     def start(self) -> None:
-        """SECTION_START with the block list."""
+        """SECTION_START with the block list, which also has the blocks that are not sent."""
+        search = self._search
         header = SectionHeader(self._section_id, RAM_IDSTR, 0, RAM_VERSION)
-        blocks = BlockList(tuple(BlockInfo(b.idstr, b.used_length) for b in self._search.blocks))
-        self._counters.total = blocks.total
+        listed = BlockList(
+            tuple(
+                BlockInfo(b.idstr, b.used_length, b.address if search.ignore_shared else None)
+                for b in search.listed
+            )
+        )
+        self._counters.total = sum(b.used_length for b in search.blocks)
         self._writer.put(header.encode(SectionType.START))
-        self._writer.put(blocks.encode())
-        self._end_section()
+        self._writer.put(listed.encode())
+        self._end_section(SectionType.START)
 
     def part(self, batch: PageBatch) -> None:
         """SECTION_PART with one batch."""
         self._writer.put(encode_continuation(SectionType.PART, self._section_id))
         self._encoder.encode(batch)
-        self._end_section()
+        self._end_section(SectionType.PART)
 
     def end(self) -> None:
         """SECTION_END with every page that is still dirty."""
         self._writer.put(encode_continuation(SectionType.END, self._section_id))
         while batch := self._search.next_batch():
             self._encoder.encode(batch)
-        self._end_section()
+        self._end_section(SectionType.END)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes so far, on the main stream and beside it."""
+        return self._writer.offset + self._encoder.nbytes_beside
+
+    @property
+    def nbytes_beside(self) -> int:
+        """Of them, bytes beside the main stream."""
+        return self._encoder.nbytes_beside
 
     @property
     def npages(self) -> int:
@@ -64,8 +80,22 @@ class RamSaver:
         """The dirty log was synced."""
         self._encoder.begin_pass()
 
-    def _end_section(self) -> None:
-        self._encoder.end_section()
+    def end_period(self) -> None:
+        """A second or so is over."""
+        self._encoder.end_period()
+
+    def report(self, info: MigrationInfo) -> MigrationInfo:
+        """Add statistics of the encoding. Any thread."""
+        return self._encoder.report(info)
+
+    def settle(self) -> None:
+        """Wait until what was given to send is counted in `nbytes`."""
+        self._encoder.settle()
+
+    def _end_section(self, kind: SectionType) -> None:
+        self._encoder.end_section(kind)
         self._writer.put(_EOS)
         if self.footers:
             self._writer.put(encode_footer(self._section_id))
+        # channels beside the stream may wait for what was said here
+        self._writer.flush()

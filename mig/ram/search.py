@@ -8,11 +8,14 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from mig import _core
-from mig.dirty import DirtyLog
-from mig.pages import PageIndex
+from mig.dirty.log import DirtyLog
+from mig.errors import OptionError
+from mig.pages import HOST_PAGE_SIZE, PageIndex
 
 #: pages of a batch at most: 4 MiB of small pages, so that a call is worth its overhead
 MAX_BATCH = 1024
+#: pages of a batch that ends with the host page that it would have ended in
+_MAX_WHOLE_BATCH = 2 * MAX_BATCH
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +27,9 @@ class SourceBlock:
     dirty:       one bit per page that is still to be sent
     discarded:   (first page, number of pages) of parts that are not plugged in: they are neither
                  read nor sent, whatever the dirty log says (QEMU's RamDiscardManager)
+    shared:      the destination has the same memory: not sent with capability x-ignore-shared
+    address:     where it stands in guest-physical memory, None when unknown
+    host_page_size: bytes, a power of two; what is dirty in a host page is sent in one go
     """
 
     idstr: str
@@ -32,6 +38,14 @@ class SourceBlock:
     detect_zero: bool
     dirty: _core.Bitmap
     discarded: Sequence[tuple[int, int]] = field(default=())
+    shared: bool = False
+    address: int | None = None
+    host_page_size: int = HOST_PAGE_SIZE
+
+    def host_page_end(self, page_index: int) -> int:
+        """Return the first page behind the host page that the page is in."""
+        npages = max(1, self.host_page_size // self.pages.page_size)
+        return min((page_index // npages + 1) * npages, self.pages.npages)
 
     def forget_discarded(self) -> int:
         """Clear the dirty bits of discarded parts; returns how many were set."""
@@ -53,23 +67,52 @@ class PageBatch:
 class PageSearch:
     """Takes dirty pages out of the bitmaps, block after block, and begins again after the last.
 
-    log: told before pages are read whose writes it does not log any more (see DirtyLog.clear)
+    blocks: all that the guest has; afterwards those that are searched
+    log:    told before pages are read whose writes it does not log any more (see DirtyLog.clear)
+    ignore_shared: leave out shared blocks (capability x-ignore-shared); OptionError for blocks
+            without address, which such a stream needs
 
     A batch's index array is reused by the next one.
     """
 
-    def __init__(self, blocks: Sequence[SourceBlock], log: DirtyLog | None = None) -> None:
-        self.blocks = blocks
+    def __init__(
+        self,
+        blocks: Sequence[SourceBlock],
+        log: DirtyLog | None = None,
+        *,
+        ignore_shared: bool = False,
+    ) -> None:
+        homeless = [b.idstr for b in blocks if b.address is None and ignore_shared]
+        if homeless:
+            raise OptionError(
+                "capability 'x-ignore-shared' is not possible: nobody knows the guest-physical "
+                f"address of block '{homeless[0]}'"
+            )
+        #: those of the block list
+        self.listed = blocks
+        self.ignore_shared = ignore_shared
+        self.blocks = [b for b in blocks if not self.ignores(b)]
         self._log = log
-        self._index = np.empty(MAX_BATCH, dtype=np.uint64)
+        self._by_idstr = {b.idstr: b for b in blocks}
+        self._index = np.empty(_MAX_WHOLE_BATCH, dtype=np.uint64)
         self._uncleared = self._chunks(log.chunk_pages) if log is not None else {}
-        for block in blocks:
+        for block in self.blocks:
             block.forget_discarded()
         #: bytes of pages that are dirty now; any thread may read it
-        self.remaining = sum(b.dirty.count() * b.pages.page_size for b in blocks)
+        self.remaining = sum(b.dirty.count() * b.pages.page_size for b in self.blocks)
+        #: whether the last batch has left dirty pages of the host page it ends in: they come next
+        self.inside_host_page = False
         #: whether every page has been looked at once: the first full round is over
         self.wrapped = False
         self.rewind()
+
+    def __getitem__(self, idstr: str) -> SourceBlock:
+        """Return the block of that name, searched or not; KeyError."""
+        return self._by_idstr[idstr]
+
+    def ignores(self, block: SourceBlock) -> bool:
+        """Whether the block is listed, but none of its pages are looked at or sent."""
+        return self.ignore_shared and block.shared
 
     def _chunks(self, chunk_pages: int) -> dict[str, _core.Bitmap]:
         """A bit for each chunk of each block: synced, but writes are not logged again yet."""
@@ -97,8 +140,11 @@ class PageSearch:
     def next_batch(self, max_pages: int = MAX_BATCH) -> PageBatch | None:
         """Take the next dirty pages, clearing their bits; None when no page is dirty.
 
-        max_pages: at least 1; a batch has MAX_BATCH at most
+        max_pages: at least 1; a batch has MAX_BATCH at most, and then as many more as finish the
+                   host page it ends in, unless that takes more than MAX_BATCH: the rest of so
+                   large a page comes with the next ones (`inside_host_page`)
         """
+        self.inside_host_page = False
         room = self._index[: min(max(max_pages, 1), MAX_BATCH)]
         # the block that it begins in may have dirty pages before the one it begins with
         if not self.remaining:
@@ -111,7 +157,9 @@ class PageSearch:
             block = self.blocks[self._block]
             n = block.dirty.take(self._page, room)
             if n:
-                index = room[:n]
+                if block.host_page_size > block.pages.page_size:
+                    n += self._finish_host_page(block, n)
+                index = self._index[:n]
                 self._page = int(index[-1]) + 1
                 self.remaining -= n * block.pages.page_size
                 if self._uncleared:
@@ -120,6 +168,17 @@ class PageSearch:
             self._block += 1
             self._page = 0
         return None
+
+    def _finish_host_page(self, block: SourceBlock, n: int) -> int:
+        """Add what is dirty in the host page that ``n`` pages end in; returns how many pages."""
+        last = int(self._index[n - 1])
+        end = block.host_page_end(last)
+        left = block.dirty.count(last + 1, end - last - 1)
+        if left > MAX_BATCH:
+            # as much at once would be far more than was asked for
+            self.inside_host_page = True
+            return 0
+        return block.dirty.take(last + 1, self._index[n : n + left])
 
     def _clear_log(self, block: SourceBlock, index: PageIndex) -> None:
         """Before the first page of a chunk is read, writes to the chunk are logged again."""
@@ -133,11 +192,14 @@ class PageSearch:
                 self._log.clear(block.idstr, first, min(size, block.pages.npages - first))
 
     def forget(self, idstr: str, first: int, npages: int) -> None:
-        """Pages of which nobody needs what they hold: do not send them (free-page hints)."""
-        for block in self.blocks:
-            if block.idstr == idstr:
-                self.remaining -= block.dirty.count(first, npages) * block.pages.page_size
-                block.dirty.clear(first, npages)
+        """Pages of which nobody needs what they hold: do not send them (free-page hints).
+
+        Other pages of the same host page are sent nevertheless, as by QEMU.
+        """
+        block = self._by_idstr[idstr]
+        if not self.ignores(block):
+            self.remaining -= block.dirty.count(first, npages) * block.pages.page_size
+            block.dirty.clear(first, npages)
 
     def sync(self) -> int:
         """Take over what the log has; returns how many pages are newly dirty."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Final, Protocol
 
-from mig.errors import IdleTimeoutError, MismatchError, UnsupportedError
-from mig.ram.load import PageSink, RamLoader
+from mig.errors import IdleTimeoutError, MismatchError, StreamError, UnsupportedError
+from mig.multifd.dialect import dialect_of
+from mig.options.capability import CAPABILITIES, Capability
+from mig.ram.load import PageLanes, PageSink, RamLoader
 from mig.records import Command, Configuration, FileHeader, SectionHeader
 from mig.savevm.devices import DeviceState, DeviceTail
 from mig.stats import RamCounters
@@ -36,6 +38,7 @@ _COMMAND_CAPABILITY: Final = {
     CommandType.ENABLE_COLO: "x-colo",
 }
 _SECTION_CAPABILITY: Final = {"dirty-bitmap": "dirty-bitmaps", "block": "block"}
+_ON: Final = {True: "on", False: "off"}
 
 
 class LoadTarget(PageSink, Protocol):
@@ -60,6 +63,8 @@ class StreamLoader:
     on_command: told of every OPEN_RETURN_PATH and PING
     page_size:  target page size where the stream does not name it
     decompress_threads: how many inflate compressed pages
+    lanes:      channels that bring pages beside the stream
+    capabilities: those that are on here; None: take the stream as it is
 
     Matches qemu_loadvm_state(); unlike QEMU it takes the device state as a whole.
     """
@@ -73,13 +78,20 @@ class StreamLoader:
         counters: RamCounters | None = None,
         page_size: int = 1 << DEFAULT_PAGE_BITS,
         decompress_threads: int = 2,
+        lanes: PageLanes | None = None,
+        capabilities: Collection[Capability] | None = (),
     ) -> None:
+        self._lanes = lanes
+        self._dialect = dialect_of(None)
         self._reader = reader
         self._target = target
         self._on_command = on_command
         self._page_size = page_size
         self._counters = counters or RamCounters()
         self._decompress_threads = decompress_threads
+        self._capabilities = capabilities
+        # what the stream is read with when it does not say
+        self._ignore_shared = Capability.X_IGNORE_SHARED in (capabilities or ())
         self._ram: RamLoader | None = None
         self._ram_id = -1
         self._ram_ended = False
@@ -115,12 +127,36 @@ class StreamLoader:
             configuration = Configuration.read(reader)
             if configuration.page_bits is not None:
                 self._page_size = configuration.page_size
-            for name in configuration.capabilities or ():
-                raise UnsupportedError(
-                    f"the stream needs {name}", capability=name, offset=at, section="configuration"
-                )
+            self._dialect = dialect_of(configuration.machine)
+            with self._located(at, "configuration"):
+                self._agree(configuration.capabilities or (), at)
         with self._located(at, "configuration"):
             self._target.configure(configuration)
+
+    def _agree(self, theirs: tuple[str, ...], at: int) -> None:
+        """Capabilities that change the stream must be the same here.
+
+        Matches configuration_validate_capabilities(), which looks at no others.
+        """
+        for name in theirs:
+            if name not in CAPABILITIES:
+                raise StreamError(
+                    f"Received unknown capability {name}", offset=at, section="configuration"
+                )
+        if Capability.MAPPED_RAM in theirs:
+            raise UnsupportedError(
+                "the stream needs mapped-ram",
+                capability=Capability.MAPPED_RAM,
+                offset=at,
+                section="configuration",
+            )
+        received = Capability.X_IGNORE_SHARED in theirs
+        if self._capabilities is not None and received != self._ignore_shared:
+            raise MismatchError(
+                f"Capability {Capability.X_IGNORE_SHARED} is {_ON[self._ignore_shared]}, "
+                f"but received capability is {_ON[received]}"
+            )
+        self._ignore_shared = received
 
     # ---- sections and commands up to the end of RAM -----------------------------------------
 
@@ -169,6 +205,10 @@ class StreamLoader:
             self._page_size,
             self._counters,
             decompress_threads=self._decompress_threads,
+            section_id=header.section_id,
+            lanes=self._lanes,
+            sync_every_section=self._dialect.sync_every_section,
+            addresses=self._ignore_shared,
         )
         self._ram_id = header.section_id
         self._ram.load_payload()

@@ -65,6 +65,12 @@ class StreamReader:
         self._base, self._start, self._end, self._eof = self.offset, 0, 0, True
         self.buffer = b""
 
+    def widen(self, buffer_size: int) -> None:
+        """Read ahead up to so many bytes from now on."""
+        buffer = self.buffer
+        if isinstance(buffer, bytearray):
+            buffer.extend(bytes(max(0, buffer_size - len(buffer))))
+
     # ---- position ---------------------------------------------------------------------------
 
     @property

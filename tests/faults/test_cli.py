@@ -49,7 +49,7 @@ def assert_one_line(stderr: str) -> None:
         ["receive", "nonsense", "FILE"],
         ["receive", "tcp:127.0.0.1", "FILE"],
         ["receive", "tcp:127.0.0.1:0", "FILE", "-c", "warp"],
-        ["receive", "tcp:127.0.0.1:0", "FILE", "-c", "multifd"],
+        ["receive", "tcp:127.0.0.1:0", "FILE", "-c", "x-colo"],
         ["receive", "tcp:127.0.0.1:0", "FILE", "-c", "return-path=maybe"],
         ["receive", "tcp:127.0.0.1:0", "FILE", "-p", "idle-timeout"],
         ["receive", "tcp:127.0.0.1:0", "FILE", "-p", "idle-timeout=soon"],

@@ -229,14 +229,22 @@ def test_no_capability(stream: Pieces, tmp_path: Path) -> None:
         assert image.configuration.capabilities == ()
 
 
-@pytest.mark.parametrize("name", ["mapped-ram", "x-ignore-shared"])
-def test_capability_that_is_needed(stream: Pieces, name: str, tmp_path: Path) -> None:
+def test_capability_that_is_needed(stream: Pieces, tmp_path: Path) -> None:
     path = tmp_path / "vm.mig"
-    path.write_bytes(stream.before("start", capabilities(1, name)).encode())
+    path.write_bytes(stream.before("start", capabilities(1, "mapped-ram")).encode())
     error = streams.image_error(path)
     assert isinstance(error, UnsupportedError)
-    assert error.capability == name
-    check(error, text=name, at=stream.offset("configuration"), section="configuration")
+    assert error.capability == "mapped-ram"
+    check(error, text="mapped-ram", at=stream.offset("configuration"), section="configuration")
+
+
+def test_addresses_that_are_not_there(stream: Pieces, tmp_path: Path) -> None:
+    """With the capability each length is followed by an address: the next name is taken for it."""
+    path = tmp_path / "vm.mig"
+    path.write_bytes(stream.before("start", capabilities(1, "x-ignore-shared")).encode())
+    error = streams.image_error(path)
+    assert isinstance(error, StreamError)
+    assert error.section == "ram"
 
 
 @pytest.mark.parametrize(

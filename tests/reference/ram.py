@@ -87,11 +87,12 @@ def eos() -> bytes:
     return be64(EOS)
 
 
-def block_list(blocks: dict[str, int]) -> bytes:
-    """The MEM_SIZE record of blocks given as {name: bytes}."""
+def block_list(blocks: dict[str, int], addresses: dict[str, int] | None = None) -> bytes:
+    """The MEM_SIZE record of blocks given as {name: bytes}; {name: address} where there are."""
     out = be64(sum(blocks.values()) + MEM_SIZE)
     for name, nbytes in blocks.items():
         out += bytes([len(name)]) + name.encode() + be64(nbytes)
+        out += b"" if addresses is None else be64(addresses[name])
     return out
 
 

@@ -34,7 +34,7 @@ def what_kvm_lacks() -> str | None:
     return None
 
 
-@pytest.mark.parametrize("log", [(), ("--dirty-log", "marked")])
+@pytest.mark.parametrize("log", [(), ("--dirty-log", "marked", "--patient")])
 def test_a_running_guest_moves_and_nothing_of_it_is_corrupt(log):
     done = demo("--json", "--dirty-rate", "20M", *log)
     assert done.returncode == 0, done.stderr

@@ -188,17 +188,21 @@ def test_options_are_told_as_qemu_tells_them():
     assert outgoing.query_parameters()["max-bandwidth"] == 0
 
 
+#: what a capability cannot be without
+NEEDS = {"switchover-ack": {"return-path"}, "zero-copy-send": {"multifd"}}
+
+
 @pytest.mark.parametrize("side", [OutgoingMigration, IncomingMigration])
 def test_what_is_named_as_unsupported_is_refused_and_the_rest_is_not(side):
     migration = side(guest(filled=True))
     missing = migration.query_unsupported()
     for entry in migration.query_capabilities():
         name = entry["capability"]
-        wanted = {name, "return-path"} if name == "switchover-ack" else {name}
+        wanted = {name} | NEEDS.get(name, set())
         if name in missing:
             with pytest.raises(OptionError, match=f"'{name}'"):
                 side(guest(filled=True), capabilities=wanted)
         else:
             side(guest(filled=True), capabilities=wanted)
-    assert "multifd-channels" in missing
+    assert "tls-creds" in missing
     assert "max-bandwidth" not in missing

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import random
 import resource
 import signal
 import struct
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -257,6 +260,177 @@ def test_signals_stay_the_program_s_own(make):
         guest.stop()
     finally:
         signal.signal(signal.SIGUSR1, before)
+
+
+def kick_signal() -> int:
+    """The signal that vCPUs let through while they are in the guest, and only then."""
+    mine = {thread.native_id for thread in threading.enumerate()}
+    deadline = time.monotonic() + FOREVER
+    while time.monotonic() < deadline:
+        tasks = Path("/proc/self/task").iterdir()
+        for task in (task for task in tasks if int(task.name) not in mine):
+            status = task.joinpath("status").read_text()
+            blocked = int(status.partition("SigBlk:")[2].split()[0], 16)
+            # all can be blocked but KILL, STOP and the two that are glibc's own
+            through = ~blocked & ((1 << 64) - 1) & ~(1 << 8 | 1 << 18 | 1 << 31 | 1 << 32)
+            if through.bit_count() == 1:
+                return through.bit_length()
+    raise AssertionError("no vCPU lets one signal through")
+
+
+class Sender(threading.Thread):
+    """Sends the process one signal after the other; of those that wait together one is kept."""
+
+    def __init__(self, number: int, got: list[int], count: int) -> None:
+        super().__init__()
+        self.number, self.got, self.count = number, got, count
+        self.lost: int | None = None
+
+    def run(self) -> None:
+        # who sends a signal to himself has it before the call returns, too soon to get lost
+        signal.pthread_sigmask(signal.SIG_BLOCK, {self.number})
+        for sent in range(1, self.count + 1):
+            os.kill(os.getpid(), self.number)
+            end = time.monotonic() + FOREVER / 4
+            while len(self.got) < sent:
+                if time.monotonic() > end:
+                    self.lost = sent
+                    return
+                time.sleep(0)
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, None], ids=["usr1", "the kick's own"])
+def test_no_signal_of_the_program_s_is_lost_among_kicks(make, number):
+    guest = make(vcpus=2)
+    guest.boot()
+    guest.resume()
+    number = number or kick_signal()
+    got: list[int] = []
+    before = signal.signal(number, lambda *_: got.append(1))
+    try:
+        sender = Sender(number, got, 500)
+        sender.start()
+        while sender.is_alive():
+            guest._vm.collect()  # kicks
+            time.sleep(0)
+        sender.join()
+    finally:
+        signal.signal(number, before)
+    assert sender.lost is None
+    assert len(got) == sender.count
+    guest.stop()
+    assert guest.verify() == []
+
+
+def test_kicks_do_not_pile_up(make):
+    """The kernel keeps so many signals for a user, and no more."""
+    limit = resource.getrlimit(resource.RLIMIT_SIGPENDING)
+    guest = make(vcpus=2)
+    guest.boot()
+    resource.setrlimit(resource.RLIMIT_SIGPENDING, (min(limit[1], 300), limit[1]))
+    try:
+        for percent in range(1000):
+            guest.throttle(percent % 2)
+        guest.throttle(0)
+        guest.resume()
+        for percent in range(1000):
+            guest.throttle(percent % 2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_SIGPENDING, limit)
+    guest.throttle(0)
+    assert guest.wait_heartbeats(1, FOREVER)
+    guest.stop()
+    assert guest.verify() == []
+
+
+#: every thread keeps the signal for somebody who reads it, as signalfd wants it
+_READER = """
+import os, signal
+number = signal.SIGRTMAX
+signal.pthread_sigmask(signal.SIG_BLOCK, {number})
+from mig import GuestMemory
+from mig.guest.kvm import KvmGuest
+memory = GuestMemory()
+memory.add("ram", 4 << 20)
+guest = KvmGuest(memory)
+guest.boot()
+guest.resume()
+os.kill(os.getpid(), number)
+assert guest.wait_heartbeats(2, 20)
+for _ in range(20):
+    guest.stop()
+    guest.resume()
+assert signal.sigtimedwait({number}, 0).si_pid == os.getpid()
+assert signal.sigtimedwait({number}, 0) is None
+guest.stop()
+guest.check()
+"""
+
+
+def test_a_signal_that_waits_for_its_reader_is_still_there(kvm):
+    command = [sys.executable, "-P", "-c", _READER]
+    subprocess.run(command, check=True, timeout=FOREVER)
+
+
+def test_a_wait_lasts_its_timeout_in_all(make, monkeypatch):
+    guest, given = make(vcpus=3), []
+    clock = itertools.count(100.0)  # a second passes at each look
+    monkeypatch.setattr("mig.guest.kvm.time.monotonic", lambda: next(clock))
+
+    class Waiter:
+        def wait(self, index: int, heartbeats: int, timeout: float) -> bool:
+            given.append(timeout)
+            return True
+
+        def counters(self, index: int) -> dict[str, int]:
+            return {"heartbeats": 0}
+
+    monkeypatch.setattr(guest, "_vm", Waiter())
+    assert guest.wait_heartbeats(1, 10.0)
+    monkeypatch.undo()
+    assert given == [9.0, 8.0, 7.0]
+
+
+@pytest.mark.parametrize("timeout", [float("inf"), 1e300, 1e12])
+def test_a_wait_may_be_as_long_as_it_likes(make, timeout):
+    guest = make()
+    guest.boot()
+    guest.resume()
+    assert guest.wait_heartbeats(1, timeout)
+    guest.stop()
+
+
+def test_a_wait_that_is_over_before_it_begins(make):
+    guest = make()
+    for timeout in (0.0, -1.0, float("-inf"), -1e300):
+        assert not guest.wait_heartbeats(1, timeout)
+        assert guest.wait_heartbeats(0, timeout)
+    with pytest.raises(ValueError, match="not a number"):
+        guest.wait_heartbeats(1, float("nan"))
+
+
+def test_one_vcpu_alone_is_made_to_stand_still(make):
+    guest = make(vcpus=2)
+    guest.boot()
+    guest.resume()
+    guest._vm.limit(1, 0.9)
+    deadline = time.monotonic() + FOREVER
+    while guest._vm.counters(1)["naps"] < 3:
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    assert guest._vm.counters(0)["naps"] == 0
+    guest._vm.limit(1, 0)
+    time.sleep(0.02)
+    naps = guest._vm.counters(1)["naps"]
+    assert guest.wait_heartbeats(3, FOREVER)
+    guest.stop()
+    assert guest._vm.counters(1)["naps"] == naps
+    assert guest.verify() == []
+    for share in (-0.1, 0.991, float("nan")):
+        with pytest.raises(ValueError, match="share"):
+            guest._vm.limit(0, share)
+    with pytest.raises(IndexError):
+        guest._vm.limit(2, 0.5)
 
 
 # ---- state -----------------------------------------------------------------------------------
@@ -668,6 +842,38 @@ def test_a_destination_with_other_vcpus_refuses_and_the_source_runs_on(make, tmp
     source.stop()
     source.check()
     assert source.verify() == []
+
+
+def test_what_was_loaded_in_part_does_not_run(make, tmp_path):
+    source, target = make(vcpus=2), make(vcpus=2)
+    source.boot(pace=500)
+    source.resume()
+    assert source.wait_heartbeats(1, FOREVER)
+    incoming = IncomingMigration(target)
+    incoming.listen(f"unix:{tmp_path}/half")
+    outgoing = OutgoingMigration(source, parameters={"max-bandwidth": 1 << 20})
+    outgoing.start(incoming.uri)
+    deadline = time.monotonic() + FOREVER
+    while not incoming.query().ram.transferred:
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    with pytest.raises(MigError, match="being loaded"):
+        target.boot()
+    with pytest.raises(MigError, match="in part only"):
+        target.resume()
+    outgoing.cancel()
+    ended(outgoing)
+    ended(incoming)
+    assert incoming.status in (Status.FAILED, Status.CANCELLED)
+    with pytest.raises(MigError, match="in part only"):
+        target.resume()
+    assert not target.running
+    target.boot()  # reset: it is a guest of its own
+    run(target)
+    assert target.verify() == []
+    migrate(source, target, tmp_path / "whole", capabilities={"return-path"})
+    run(target)
+    assert target.verify() == []
 
 
 # ---- what is left ----------------------------------------------------------------------------

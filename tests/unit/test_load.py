@@ -8,7 +8,7 @@ import random
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reference import stream
+from reference import ram, stream
 from reference.ram import Record
 from reference.stream import Device
 
@@ -43,19 +43,19 @@ class Target:
     def __init__(self) -> None:
         self.calls: list[tuple[object, ...]] = []
         self.pages: dict[tuple[str, int], bytes | int] = {}
-        self._blocks = ()
+        self.blocks = ()
         self._page_size = 0
 
     def configure(self, configuration):
         self.calls.append(("configure", configuration))
 
     def open_blocks(self, blocks, page_size):
-        self._blocks, self._page_size = blocks, page_size
+        self.blocks, self._page_size = blocks, page_size
         self.calls.append(("open_blocks", {b.idstr: b.used_length for b in blocks}, page_size))
 
     def put(self, parser, data, start):
         for page, source in parser.records():
-            key = (self._blocks[parser.current].idstr, page)
+            key = (self.blocks[parser.current].idstr, page)
             if source < 0:
                 self.pages[key] = -1 - source
             else:
@@ -274,12 +274,53 @@ def test_a_device_before_ram_is_not_supported():
     assert (error.section, error.offset) == ("early", len(HEAD))
 
 
-@pytest.mark.parametrize("name", ["x-ignore-shared", "mapped-ram"])
-def test_capabilities_that_the_stream_needs_are_not_supported(name):
-    config = Configuration("box", None, (name,)).encode()
+def test_a_capability_that_the_stream_needs_may_not_be_supported():
+    config = Configuration("box", None, ("mapped-ram",)).encode()
     error = refuse(stream.header() + config, UnsupportedError)
-    assert (error.capability, error.offset) == (name, 8)
+    assert (error.capability, error.offset) == ("mapped-ram", 8)
     assert error.section == "configuration"
+
+
+@pytest.mark.parametrize("name", ["unheard-of", "X-ignore-shared", "x-ignore-share"])
+def test_a_capability_that_nobody_knows_is_refused(name):
+    config = Configuration("box", None, ("x-ignore-shared", name)).encode()
+    error = refuse(stream.header() + config, StreamError)
+    assert error.message == f"Received unknown capability {name}"
+    assert (error.offset, error.section) == (8, "configuration")
+
+
+def shared_stream(addresses: bool, *names: str) -> bytes:
+    """A whole stream whose configuration names capabilities, with or without addresses."""
+    config = Configuration("box", None, names).encode()
+    data = stream.whole(BLOCKS, BURSTS, DEVICES, config=config)
+    at = {name: 0x1000 * i for i, name in enumerate(BLOCKS, 1)}
+    return data.replace(ram.block_list(BLOCKS), ram.block_list(BLOCKS, at)) if addresses else data
+
+
+def test_addresses_are_read_where_both_sides_ignore_shared_memory():
+    data = shared_stream(True, "x-ignore-shared", "xbzrle")  # of others nobody needs to agree
+    target = load(data, capabilities={"x-ignore-shared"})
+    assert target.pages == CONTENTS
+    assert [b.address for b in target.blocks] == [0x1000 * i for i in range(1, len(BLOCKS) + 1)]
+    assert load(data, capabilities=None).pages == CONTENTS
+
+
+def test_without_configuration_the_own_capability_says_how_the_block_list_is_read():
+    data = shared_stream(True).replace(Configuration("box", None, ()).encode(), b"")
+    assert load(data, capabilities={"x-ignore-shared"}).blocks[0].address == 0x1000
+    plain = shared_stream(False).replace(Configuration("box", None, ()).encode(), b"")
+    assert load(plain, capabilities=None).blocks[0].address is None
+
+
+@pytest.mark.parametrize(("mine", "theirs"), [("off", "on"), ("on", "off")])
+@pytest.mark.parametrize("subsection", [True, False])
+def test_a_capability_that_only_one_side_has_is_refused_in_qemu_s_words(mine, theirs, subsection):
+    names = ("x-ignore-shared",) if theirs == "on" else () if subsection else None
+    data = stream.header() + Configuration("box", None, names).encode()
+    own = {"x-ignore-shared"} if mine == "on" else set()
+    error = refuse(data, MismatchError, capabilities=own)
+    words = f"Capability x-ignore-shared is {mine}, but received capability is {theirs}"
+    assert (error.message, error.offset, error.section) == (words, 8, "configuration")
 
 
 def test_an_empty_list_of_capabilities_is_fine():

@@ -63,6 +63,9 @@ class Told:
         assert nbytes > 0
         assert seconds > 0
 
+    def synced(self, remaining: int) -> None:
+        assert remaining > 0 or self._log.quiet
+
     def throttle(self, period: Period) -> int | None:
         self.periods.append(period)
         if not self._percents:

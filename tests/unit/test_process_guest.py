@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import itertools
 import socket
 import struct
@@ -27,6 +28,7 @@ from mig import (
 from mig._core import FILLS, PATTERNS, WORKER_FIELDS
 from mig.errors import CancelledError, MigError, MismatchError
 from mig.events import PassStarted, StatusChanged
+from mig.savevm.devices import DeviceState
 
 PAGE = 4096
 #: nobody waits so long; a test that does has found a wait without an end
@@ -699,6 +701,46 @@ def test_device_state_that_cannot_be_is_refused(made, spoil, match):
     # nothing is held, not even by the error
     target.close()
     assert caught.value.section == "workers"
+
+
+def test_workers_twice_are_a_mismatch(made):
+    payload = payload_of(ran(made(16 * PAGE, workers=2)))
+    target = made(16 * PAGE)
+    target._load_workers(payload, 1)
+    with pytest.raises(MismatchError, match="twice") as caught:
+        target._load_workers(payload, 1)
+    assert caught.value.section == "workers"
+    target.close()
+
+
+def test_a_stream_without_workers_is_a_mismatch(made):
+    target = made(16 * PAGE)
+    with pytest.raises(MismatchError, match="lacks this guest's workers"):
+        target.load_devices(DeviceState(0, b"", (), b""))
+
+
+def test_threads_that_cannot_be_had_are_a_mismatch(made, monkeypatch):
+    payload = payload_of(ran(made(16 * PAGE, workers=2)))
+    target = made(16 * PAGE)
+
+    def refuse(load):
+        raise OSError(errno.EAGAIN, "no more threads")
+
+    monkeypatch.setattr(target, "_make_workload", refuse)
+    with pytest.raises(MismatchError, match="no more threads"):
+        target._load_workers(payload, 1)
+
+
+def test_a_kernel_that_tells_no_boot_is_another_one(made, monkeypatch, tmp_path):
+    monkeypatch.setattr("mig.guest.process._BOOT_ID", tmp_path / "nothing")
+    source = ran(made(16 * PAGE))
+    payload = payload_of(source)
+    assert HEADER.unpack_from(payload)[-1] == bytes(16)
+    target = made(16 * PAGE)
+    target._load_workers(payload, 1)
+    at = WORKER_FIELDS.index("last_tick")
+    assert source._existing().state()[0, at] > 0
+    assert target._existing().state()[0, at] == 0
 
 
 def test_times_of_another_boot_are_no_gap(made):

@@ -330,6 +330,40 @@ def test_block_lists_round_trip(blocks):
     assert reader.available == 4
 
 
+ADDRESSES = {"a": 0, "bc": 2**64 - 1, "d": 0xFD000000}
+
+
+def test_the_octets_of_a_block_list_with_addresses():
+    blocks = BlockList((BlockInfo("pc.ram", 0x4000000, 0), BlockInfo("vga", PAGE, 0xFD000000)))
+    data = blocks.encode()
+    assert data == (
+        b"\0\0\0\0\x04\0\x10\x04"
+        b"\x06pc.ram\0\0\0\0\x04\0\0\0\0\0\0\0\0\0\0\0"
+        b"\x03vga\0\0\0\0\0\0\x10\0\0\0\0\0\xfd\0\0\0"
+    )
+    reader = reader_of(data[8:] + b"more")
+    assert BlockList.read(reader, blocks.total, PAGE, addresses=True) == blocks
+    assert reader.available == 4
+
+
+def test_a_truncated_block_list_with_addresses_is_noticed():
+    data = ram.block_list(dict.fromkeys(ADDRESSES, PAGE), ADDRESSES)
+
+    def read(reader: StreamReader) -> BlockList:
+        return BlockList.read(reader, reader.u64("word") - 4, PAGE, addresses=True)
+
+    assert_every_truncation_is_noticed(read, data)
+    assert {b.idstr: b.address for b in read(reader_of(data)).blocks} == ADDRESSES
+
+
+@pytest.mark.parametrize("data", [b"\x01a", b"\0"])
+def test_a_block_list_read_with_addresses_it_does_not_have_is_refused(data):
+    """The next entry is taken for an address: what follows is no name, or not there at all."""
+    entries = entry(b"a", PAGE) + entry(b"b" * 7 + data[:1], PAGE) + data
+    with pytest.raises(StreamError):
+        BlockList.read(reader_of(entries), 2 * PAGE, PAGE, addresses=True)
+
+
 def entry(name: bytes, nbytes: int) -> bytes:
     return bytes([len(name)]) + name + struct.pack(">Q", nbytes)
 

@@ -1,0 +1,1 @@
+"""multifd: pages in packets over several connections beside the main one."""
