@@ -8,6 +8,7 @@ from mig.engine.outlanes import OutgoingLanes
 from mig.multifd.dialect import dialect_of
 from mig.multifd.encode import MultifdEncoder
 from mig.options import Capability, MultiFDCompression, Parameters, ZeroPageDetection
+from mig.ram.compress import CompressEncoder
 from mig.ram.delta import DeltaEncoder
 from mig.ram.encode import PageEncoder, PlainEncoder, RecordWriter, ZeroFinder
 from mig.ram.search import PageSearch
@@ -40,6 +41,7 @@ class Encoding:
         self._capabilities = capabilities
         self._parameters = parameters
         self._last_stage = last_stage
+        self._delta: DeltaEncoder | None = None
 
     def _records(self, writer: StreamWriter) -> tuple[RecordWriter, ZeroFinder]:
         def detects() -> bool:
@@ -53,11 +55,23 @@ class Encoding:
 
     def main_stream(self, writer: StreamWriter) -> PageEncoder:
         """What goes over the main stream alone."""
-        if Capability.XBZRLE not in self._capabilities:
-            return self.plain(writer)
         records, zeros = self._records(writer)
-        return DeltaEncoder(
-            PlainEncoder(records, zeros, self._counters),
+        encoder: PageEncoder = PlainEncoder(records, zeros, self._counters)
+        if Capability.COMPRESS in self._capabilities:
+            parameters = self._parameters()
+            encoder = CompressEncoder(
+                records,
+                zeros,
+                self._counters,
+                page_size=self._search.listed[0].pages.page_size if self._search.listed else 4096,
+                nthreads=parameters.compress_threads,
+                level=parameters.compress_level,
+                waits=lambda: self._parameters().compress_wait_thread,
+            )
+        if Capability.XBZRLE not in self._capabilities:
+            return encoder
+        self._delta = DeltaEncoder(
+            encoder,
             records,
             zeros,
             self._search,
@@ -65,6 +79,12 @@ class Encoding:
             cache_size=lambda: self._parameters().xbzrle_cache_size,
             last_stage=self._last_stage,
         )
+        return self._delta
+
+    def check(self, parameters: Parameters) -> None:
+        """OptionError when a change to these parameters is not possible any more."""
+        if self._delta is not None:
+            self._delta.check_size(parameters.xbzrle_cache_size)
 
     def multifd(
         self, writer: StreamWriter, lanes: OutgoingLanes, machine: str | None

@@ -127,7 +127,7 @@ class OutgoingMigration(Migration):
         self._recovering = threading.Event()
         self._abandoned = False
         self._link_error: MigError | None = None
-        self._encoding: Encoding
+        self._encoding: Encoding | None = None
 
     def _choose_policy(self, policy: ConvergencePolicy | PolicyMaker) -> ConvergencePolicy:
         if not callable(policy):
@@ -227,6 +227,13 @@ class OutgoingMigration(Migration):
         self._require_status(Status.PRE_SWITCHOVER, Input.SWITCHOVER)
         self._go_on.set()
 
+    def set_parameters(self, values: Mapping[str, object]) -> None:
+        """As every migration's; the XBZRLE cache may not become smaller than a page, either."""
+        with self._lock:
+            if self._encoding is not None:
+                self._encoding.check(self.parameters.read(values)[0])
+            super().set_parameters(values)
+
     def query(self) -> MigrationInfo:
         """Return a snapshot of status and statistics."""
         info = replace(
@@ -264,14 +271,15 @@ class OutgoingMigration(Migration):
     def _run(self) -> None:
         if self._resumes:
             self._handed_over = 0
-            self._postcopy(self._prepare_search()).run(None)
+            self._postcopy(self._prepare_search()[0]).run(None)
             return
         channel = self._connect()
         writer = self._writer = StreamWriter(channel)
         self._notify(Moment.SETUP)
-        search = self._prepare_search()
+        search, encoding = self._prepare_search()
         self._send_start(channel, writer)
-        saver = self._saver = self._make_saver(writer, self._choose_encoder(writer, search))
+        encoder = self._choose_encoder(writer, search, encoding)
+        saver = self._saver = self._make_saver(writer, encoder)
         saver.start()
         self._become_active()
         precopy = self._precopy = self._prepare_precopy(search, saver)
@@ -287,7 +295,7 @@ class OutgoingMigration(Migration):
             self._complete(writer, saver)
             self._confirm(channel)
 
-    def _prepare_search(self) -> PageSearch:
+    def _prepare_search(self) -> tuple[PageSearch, Encoding]:
         self._begin_unplug()
         if self.parameters.mode == MigMode.CPR_REBOOT:
             self._stop_guest()
@@ -303,14 +311,14 @@ class OutgoingMigration(Migration):
         search = PageSearch(blocks, self._log, ignore_shared=self._ignores_shared)
         self._search = search
         self._requests = PageRequests(search, self._wake)
-        self._encoding = Encoding(
+        encoding = self._encoding = Encoding(
             search,
             self._counters,
             self.capabilities,
             lambda: self.parameters,
             lambda: self._stopped,
         )
-        return search
+        return search, encoding
 
     def _make_saver(self, writer: StreamWriter, encoder: PageEncoder) -> RamSaver:
         assert self._search is not None
@@ -318,9 +326,11 @@ class OutgoingMigration(Migration):
         saver.footers = self._guest.footers
         return saver
 
-    def _choose_encoder(self, writer: StreamWriter, search: PageSearch) -> PageEncoder:
+    def _choose_encoder(
+        self, writer: StreamWriter, search: PageSearch, encoding: Encoding
+    ) -> PageEncoder:
         if Capability.MULTIFD not in self.capabilities or not search.listed:
-            return self._encoding.main_stream(writer)
+            return encoding.main_stream(writer)
         if adapts(self.parameters):
             self._agree_to_adapt(writer)
         configuration = self._guest.configuration
@@ -337,7 +347,7 @@ class OutgoingMigration(Migration):
             self._lanes = lanes
         lanes.start()
         machine = configuration.machine if configuration else None
-        return self._encoding.multifd(writer, lanes, machine)
+        return encoding.multifd(writer, lanes, machine)
 
     def _agree_to_adapt(self, writer: StreamWriter) -> None:
         """Ask, in a way that every QEMU answers without harm, whether mig is at the other end."""
@@ -398,6 +408,7 @@ class OutgoingMigration(Migration):
             raise error
 
     def _postcopy_saver(self, writer: StreamWriter) -> RamSaver:
+        assert self._encoding is not None
         saver = self._saver = self._make_saver(writer, self._encoding.plain(writer))
         return saver
 
