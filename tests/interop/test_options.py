@@ -154,7 +154,8 @@ def test_parameters_have_the_types_of_qemu_s_schema(any_qemu):
         kind, entity = SPECS[name].kind, types[name]
         if isinstance(kind, Choice):
             values = [member["name"] for member in entity["members"]]
-            assert sorted(kind.names) == sorted(values)
+            own = {"adaptive"} if name == "multifd-compression" else set()
+            assert set(kind.names) - own == set(values)
             continue
         expected = {Text: "alternate", BitmapMapping: "array", Switch: "boolean"}
         found = entity["meta-type"] if entity["meta-type"] != "builtin" else entity["json-type"]
