@@ -25,11 +25,14 @@ from typing import Any, Literal, Protocol
 from mig.selftest.initramfs import write_initramfs
 from mig.selftest.kernel import find_kernel
 from mig.selftest.qemu import GuestSpec, Qemu, QemuBinary
+from mig.selftest.qmp import QmpCommandError
 
 _PEER = Path(__file__).with_name("peer.py")
 _POLL_INTERVAL = 0.005
 #: how long a destination may lag behind its source (seconds)
 _END = 60
+#: how long a source may take to be ready after a migration that failed (seconds)
+_CLEARED = 5
 #: the share of its memory that a guest of mig's writes
 _WORKING_SET = 0.25
 _TICKS = os.sysconf("SC_CLK_TCK")
@@ -352,6 +355,17 @@ class QemuSource:
         self.settings.apply(self._qemu)
         self._before = _usage(self._qemu)
 
+    def _start(self, uri: str) -> None:
+        """Migrate; QEMU 7.2 says that the last one failed before it has cleared up after it."""
+        deadline = time.monotonic() + _CLEARED
+        while True:
+            try:
+                return self._qemu.migrate(uri)
+            except QmpCommandError:
+                if time.monotonic() > deadline:
+                    raise
+            time.sleep(_POLL_INTERVAL)
+
     def migrate(self, uri: str) -> None:
         self._qemu.migrate(uri)
         while (status := self._qemu.query_migrate()["status"]) != "completed":
@@ -363,7 +377,7 @@ class QemuSource:
     def stream(self, uri: str) -> None:
         """Send until the other end hangs up, without a return path."""
         self.settings.apply(self._qemu, return_path=False)
-        self._qemu.migrate(uri)
+        self._start(uri)
         self._qemu.wait_migration(until=("failed", "completed"))
 
     def result(self) -> Sent:
