@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import mmap
 import os
 import socket
 import statistics
@@ -414,6 +415,31 @@ class QemuDestination:
 
 
 # ---- the stage -------------------------------------------------------------------------------
+
+
+def disk_rate(file: Path, nbytes: int) -> float:
+    """Return how many bytes a second go into a new file around the page cache; 0: none can.
+
+    nbytes: how many are written, a multiple of 1 MiB
+    """
+    try:
+        fd = os.open(file, os.O_CREAT | os.O_WRONLY | os.O_DIRECT | os.O_CLOEXEC, 0o600)
+    except OSError:
+        return 0.0
+    try:
+        with mmap.mmap(-1, _WRITE) as buffer:
+            buffer.write(os.urandom(_WRITE))
+            start = time.perf_counter()
+            for _ in range(nbytes // _WRITE):
+                os.write(fd, buffer)
+            return nbytes / (time.perf_counter() - start)
+    finally:
+        os.close(fd)
+        file.unlink()
+
+
+#: bytes of one write of disk_rate()
+_WRITE = 1 << 20
 
 
 def _free_port() -> int:

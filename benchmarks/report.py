@@ -98,7 +98,7 @@ def _has_legs(benchmark: Benchmark) -> bool:
 def _leg_row(info: dict[str, Any], name: str, leg: str) -> Iterator[str]:
     beside = info["beside"]
     yield f"{info['settings']}, {info['transport']}"
-    yield leg
+    yield f"{leg} ({info['disk'] / 1e9:.2f} GB/s)" if name == "into file" else leg
     yield beside.removeprefix("QEMU ")
     yield f"{info['mib']}"
     for who in (name, beside):
@@ -120,8 +120,8 @@ def _legs(benchmarks: list[Benchmark]) -> Iterator[str]:
         "compresses by half) or none. `mig to mig` moves mig's own running guest, the others a "
         "QEMU guest; each is beside QEMU to QEMU with the same settings in the same rounds. "
         "GB/s counts the guest's memory, not the bytes that a codec leaves of it. `file` is on "
-        "disk, as `mig receive` has it; `nowhere` reads the same stream and keeps nothing: what "
-        "is between the two is the disk's."
+        "disk, as `mig receive` has it, beside what goes into a file there by itself, written "
+        "around the page cache; `nowhere` reads the same stream and keeps nothing."
     )
     yield ""
     head = ["settings", "from, to", "QEMU", "MiB", "with mig", "QEMU alone", "total x"]

@@ -99,7 +99,7 @@ def test_converge(compare: Any, rounds: int, stage: Stage, guest: MigGuest, mib:
             "passes": statistics.median(one["passes"] for one in some),
             "converged": sum(not one["forced"] for one in some),
         }
-        for name, some in said.items()
+        for name, some in ((name, said[name]) for name in sets)
     }
     compare.info.update(
         sets=figures, memory=mib << 20, limit=_CAP, rate=_RATE, patience=guest.patience

@@ -8,12 +8,13 @@ QEMU's beside them, have the same settings. The peers are the installed QEMU and
 names it, an unpacked QEMU 10.0.
 
 A guest that comes from QEMU goes into a file on disk, as with `mig receive`; into memory; and
-nowhere, which says how fast its stream can be read.
+nowhere, which says how fast its stream can be read. The disk alone is measured beside the file.
 """
 
 from __future__ import annotations
 
 import os
+import statistics
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -33,6 +34,7 @@ from .migrations import (
     Settings,
     Stage,
     compare_migrations,
+    disk_rate,
     idle_guest,
     multifd,
     qemu_name,
@@ -189,6 +191,7 @@ def test_mig_and_qemu(
     """mig to QEMU, and QEMU to mig, beside QEMU to QEMU."""
     theirs.settings = settings
     name, file = qemu_name(binary), tmp_path / "kept"
+    disk: list[float] = []
 
     def to_qemu() -> QemuDestination:
         return QemuDestination(binary, spec, fast_folder, stage.uri, settings)
@@ -196,10 +199,15 @@ def test_mig_and_qemu(
     def to_mig(role: str, *arguments: object, kept: Path | None = None) -> MigDestination:
         return MigDestination(role, stage.uri, *arguments, settings=settings, kept=kept)
 
+    def to_file() -> MigDestination:
+        # at once before: disks, too, drift
+        disk.append(disk_rate(tmp_path / "raw", mib << 20))
+        return to_mig("capture", file, kept=file)
+
     ends: Ends = {
         "mig": (MigImage(image, settings), to_qemu),
         name: (theirs, to_qemu),
-        "into file": (theirs, lambda: to_mig("capture", file, kept=file)),
+        "into file": (theirs, to_file),
         "into memory": (theirs, lambda: to_mig("memory", image)),
         "nowhere": (theirs, lambda: to_mig("drop")),
     }
@@ -211,3 +219,4 @@ def test_mig_and_qemu(
         "nowhere": "QEMU to mig, nowhere",
     }
     compare.info.update(legs=legs, beside=name, settings=named, transport=transport)
+    compare.info["disk"] = statistics.median(disk)
