@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Whole migrations with and without multifd: mig at one end, or both, beside QEMU at both ends.
 
-The guest has MIG_BENCH_MIB MiB (4096; 128 in smoke mode) of memory and is idle; what is measured
+The guest has MIG_BENCH_MIB MiB (4096; 32 in smoke mode) of memory and is idle; what is measured
 with a codec is a guest whose memory compresses by half. `mig_to_mig` moves mig's own running guest,
 the others a QEMU guest that mig has captured on tmpfs (or where MIG_BENCH_DIR says). Both ends, and
 QEMU's beside them, have the same settings. The peers are the installed QEMU and, where MIG_QEMU_10
@@ -23,6 +23,7 @@ import pytest
 
 from mig.selftest.qemu import GuestSpec, Qemu, QemuBinary
 
+from .conftest import SMOKE
 from .migrations import (
     PLAIN,
     Ends,
@@ -55,6 +56,10 @@ _SETTINGS = {
     "zlib 1": multifd(2, "zlib", multifd_zlib_level=1),
     "zstd 1": multifd(2, "zstd", multifd_zstd_level=1),
 }
+#: QEMU's first takes longer: its emulator has never logged writes before
+_WARMUP = 0 if SMOKE else 1
+#: what a quick run leaves out
+_LIKE_OTHERS = [("plain", "tcp"), ("multifd 2", "unix"), ("zlib 1", "unix")]
 #: what the guest's memory is like, how it goes, and over what
 _CASES = [
     ("random", "plain", "unix"),
@@ -65,6 +70,8 @@ _CASES = [
     ("compressible", "zlib 1", "unix"),
     ("compressible", "zstd 1", "unix"),
 ]
+if SMOKE:
+    _CASES = [case for case in _CASES if case[1:] not in _LIKE_OTHERS]
 with_cases = pytest.mark.parametrize(
     ("pattern", "named", "transport"), _CASES, indirect=["pattern"], scope="module"
 )
@@ -72,7 +79,7 @@ with_cases = pytest.mark.parametrize(
 
 @pytest.fixture(scope="module")
 def mib(smoke: bool) -> int:
-    return int(os.environ.get("MIG_BENCH_MIB") or (128 if smoke else 4096))
+    return int(os.environ.get("MIG_BENCH_MIB") or (32 if smoke else 4096))
 
 
 @pytest.fixture(scope="module")
@@ -166,8 +173,7 @@ def test_mig_to_mig(
         "mig": (mine, lambda: MigDestination("host", stage.uri, mib, settings=settings)),
         name: (theirs, lambda: QemuDestination(binary, spec, fast_folder, stage.uri, settings)),
     }
-    # QEMU's first takes longer: its emulator has never logged writes before
-    compare_migrations(compare, stage, ends, mib=mib, rounds=rounds, warmup=1)
+    compare_migrations(compare, stage, ends, mib=mib, rounds=rounds, warmup=_WARMUP)
     legs = {"mig": "mig to mig"}
     compare.info.update(legs=legs, beside=name, settings=named, transport=transport)
 
@@ -211,7 +217,7 @@ def test_mig_and_qemu(
         "into memory": (theirs, lambda: to_mig("memory", image)),
         "nowhere": (theirs, lambda: to_mig("drop")),
     }
-    compare_migrations(compare, stage, ends, mib=mib, rounds=rounds, warmup=1)
+    compare_migrations(compare, stage, ends, mib=mib, rounds=rounds, warmup=_WARMUP)
     legs = {
         "mig": "mig to QEMU",
         "into file": "QEMU to mig, file",
