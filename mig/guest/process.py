@@ -199,7 +199,8 @@ class ProcessGuest(MemoryGuest):
                  writes in the first tenth of the working set
     working_set: the part of `ram` that is written: a share (float) or bytes (int)
     fill:        what pages hold before they are first written: 'random', 'zero', or 'half': every
-                 second page is zero
+                 second page is zero; 'compressible': the second half of each page repeats a word,
+                 also after it was written
     seed:        of all that is random
     dirty:       'marked': the workers mark what they write; or what makes a log for the memory
 

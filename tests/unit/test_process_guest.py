@@ -689,7 +689,7 @@ def test_device_state_is_big_endian(made):
         (lambda p: patched(p, 5, 3), "reshape"),
         (lambda p: patched(p, 5, 65535), "65535 workers"),
         (lambda p: patched(p, 6, 4), "pattern '4'"),
-        (lambda p: patched(p, 7, 3), "fill '3'"),
+        (lambda p: patched(p, 7, 4), "fill '4'"),
         (lambda p: with_word(p, "position", 16), "outside of its pages"),
     ],
 )
