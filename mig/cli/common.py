@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import signal
@@ -23,9 +24,11 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
+from mig.engine import OutgoingMigration
 from mig.engine.migration import Migration
-from mig.errors import MigError, OptionError
+from mig.errors import MigError, OptionError, StateError
 from mig.options import Capability
+from mig.state import Status
 from mig.stats import MigrationInfo
 
 P = ParamSpec("P")
@@ -107,10 +110,17 @@ def say(text: str) -> None:
 
 @contextmanager
 def cancelled_by_signals(migration: Migration) -> Iterator[None]:
-    """SIGINT and SIGTERM cancel the migration instead of killing the process midway."""
+    """SIGINT and SIGTERM cancel the migration instead of killing the process midway.
+
+    In postcopy it is given up: the destination is then paused until somebody resumes it.
+    """
 
     def cancel(number: int, frame: FrameType | None) -> None:
-        migration.cancel()
+        try:
+            migration.cancel()
+        except StateError:
+            if isinstance(migration, OutgoingMigration):
+                migration.abandon()
 
     old = {number: signal.signal(number, cancel) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -128,8 +138,15 @@ def follow(migration: Migration) -> MigrationInfo:
         else:
             # in slices only so that Python runs the signal handlers
             while not migration.wait(1.0):
-                pass
+                _look_at_breaks(migration)
     return migration.query()
+
+
+def _look_at_breaks(migration: Migration) -> None:
+    """A command does not wait for another URI: who resumes it gives one."""
+    if isinstance(migration, OutgoingMigration) and migration.status == Status.POSTCOPY_PAUSED:
+        with contextlib.suppress(StateError):
+            migration.abandon()
 
 
 def _show_progress(migration: Migration) -> None:
@@ -145,6 +162,7 @@ def _show_progress(migration: Migration) -> None:
         done = False
         while not done:
             done = migration.wait(0.1)
+            _look_at_breaks(migration)
             info = migration.query()
             ram = info.ram
             moved = (ram.normal + ram.duplicate) * ram.page_size

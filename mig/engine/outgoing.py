@@ -11,17 +11,15 @@ from typing import ClassVar
 
 from mig.channel import (
     Channel,
-    connect,
 )
 from mig.dirty import DirtyLog
 from mig.engine.blockers import Blockers, Moment, Notifier
 from mig.engine.convergence import Convergence, ConvergencePolicy, Period, PolicyMaker
 from mig.engine.dirtylimit import DirtyLimit
 from mig.engine.encoding import Encoding, adapts
-from mig.engine.migration import Migration
 from mig.engine.outcheck import check_outgoing, uses_return_path
 from mig.engine.outlanes import OutgoingLanes, open_lanes
-from mig.engine.outpostcopy import Link, PostcopyPhase
+from mig.engine.postcopysource import PostcopySource
 from mig.engine.precopy import Precopy
 from mig.engine.rate import RateLimit
 from mig.engine.requests import PageRequests
@@ -34,7 +32,6 @@ from mig.errors import (
     MigError,
     OptionError,
     PeerError,
-    StateError,
 )
 from mig.events import Event, PassStarted
 from mig.guest import SourceGuest, UnpluggingGuest
@@ -49,7 +46,7 @@ from mig.ram.encode import PageEncoder
 from mig.ram.save import RamSaver
 from mig.ram.search import PageSearch, SourceBlock
 from mig.records import Command, FileHeader
-from mig.state import FINAL, OUTGOING, Input, Status, Table
+from mig.state import OUTGOING, Input, Status, Table
 from mig.stats import MigrationInfo, RamStats
 from mig.stream.writer import StreamWriter
 from mig.wire import ADAPTIVE_READY, PING_ADAPTIVE, PING_SETUP, CommandType
@@ -58,11 +55,7 @@ from mig.wire import ADAPTIVE_READY, PING_ADAPTIVE, PING_SETUP, CommandType
 _LAST_CALL = 2.0
 
 
-#: statuses in which the guest can still be made to run at the destination at once
-_BEFORE_POSTCOPY = frozenset({Status.NONE, Status.SETUP, Status.WAIT_UNPLUG, Status.ACTIVE})
-
-
-class OutgoingMigration(Migration):
+class OutgoingMigration(PostcopySource):
     """Sends a guest; matches the source side of QEMU's precopy.
 
     capabilities: names that are on, or a mapping of names to on/off
@@ -93,15 +86,11 @@ class OutgoingMigration(Migration):
         notifiers: Sequence[Notifier] = (),
         on_event: Callable[[Event], None] | None = None,
     ) -> None:
-        super().__init__(Options.choose(capabilities, parameters, self.supported), on_event)
-        self._guest = guest
+        options = Options.choose(capabilities, parameters, self.supported)
+        super().__init__(guest, options, on_event)
         self._policy = self._choose_policy(Convergence if policy is None else policy)
         self._blockers = blockers or Blockers()
         self._notifiers = tuple(notifiers)
-        self._uri = ""
-        self._channel: Channel | None = None
-        self._return_path: ReturnPath | None = None
-        self._writer: StreamWriter | None = None
         self._pinned: list[SourceBlock] = []
         self._search: PageSearch | None = None
         self._log: DirtyLog | None = None
@@ -116,17 +105,6 @@ class OutgoingMigration(Migration):
         self._all_said = False
         self._last_call: threading.Timer | None = None
         self._running_bytes: int | None = None
-        # of postcopy
-        self._resumes = False
-        self._wants_postcopy = False
-        self._background = True
-        self._requests: PageRequests | None = None
-        self._handed_over: int | None = None
-        self._sent_before = 0
-        self._break: MigError | None = None
-        self._recovering = threading.Event()
-        self._abandoned = False
-        self._link_error: MigError | None = None
         self._encoding: Encoding | None = None
 
     def _choose_policy(self, policy: ConvergencePolicy | PolicyMaker) -> ConvergencePolicy:
@@ -161,66 +139,6 @@ class OutgoingMigration(Migration):
             except BaseException:
                 self._blockers.end()
                 raise
-
-    def start_postcopy(self) -> None:
-        """Let the guest run at the destination now (QMP command migrate-start-postcopy).
-
-        At any time, also before start(). StateError where it is too late, OptionError without
-        capability postcopy-ram.
-        """
-        if Capability.POSTCOPY_RAM not in self.capabilities:
-            raise OptionError(
-                "Enable postcopy with migrate_set_capability before the start of migration"
-            )
-        if self.status not in _BEFORE_POSTCOPY:
-            raise StateError(self.status, Input.POSTCOPY)
-        self._wants_postcopy = True
-        with self._lock:
-            if self.status != Status.NONE:
-                self._wake.set()
-
-    def pause(self) -> None:
-        """Break the connection of a postcopy (QMP command migrate-pause); StateError elsewhere."""
-        self._require_status(Status.POSTCOPY_ACTIVE, Input.INTERRUPT)
-        self._cut_off()
-
-    def recover(self, uri: str) -> None:
-        """Go on with a postcopy that is paused, over another connection (migrate with resume).
-
-        UriError, OptionError as of start(); StateError in another status.
-        """
-        check_outgoing(uri, self.capabilities, self.parameters, self._guest)
-        with self._lock:
-            self._require_status(Status.POSTCOPY_PAUSED, Input.RECOVER)
-            self._uri = uri
-            self._move(Input.RECOVER)
-            self._recovering.set()
-
-    def abandon(self) -> None:
-        """Give a postcopy up: it fails, and what was not sent is lost to the destination.
-
-        StateError outside of postcopy. The destination can be taken over with start(resume=True)
-        as long as it is paused.
-        """
-        with self._lock:
-            if self._handed_over is None or self.status in FINAL:
-                raise StateError(self.status, Input.FAIL)
-            self._abandoned = True
-            self._recovering.set()
-            self._cancel.set()
-            self._cut_off()
-
-    @property
-    def background(self) -> bool:
-        """Whether pages that nobody waits for are sent in postcopy, too; can change at any time."""
-        return self._background
-
-    @background.setter
-    def background(self, value: bool) -> None:
-        self._background = value
-        with self._lock:
-            if self.status != Status.NONE:
-                self._wake.set()
 
     def migrate_continue(self) -> None:
         """Go on from status pre-switchover (QMP command migrate-continue); StateError elsewhere."""
@@ -310,6 +228,7 @@ class OutgoingMigration(Migration):
                 block.dirty.set(0, block.pages.npages)
         search = PageSearch(blocks, self._log, ignore_shared=self._ignores_shared)
         self._search = search
+        self._counters.total = sum(block.used_length for block in search.blocks)
         self._requests = PageRequests(search, self._wake)
         encoding = self._encoding = Encoding(
             search,
@@ -372,17 +291,7 @@ class OutgoingMigration(Migration):
     def _ignores_shared(self) -> bool:
         return Capability.X_IGNORE_SHARED in self.capabilities
 
-    # ---- postcopy ---------------------------------------------------------------------------
-
-    def _postcopy(self, search: PageSearch) -> PostcopyPhase:
-        assert self._requests is not None
-        return PostcopyPhase(
-            self,
-            search,
-            self._requests,
-            background=lambda: self._background,
-            on_break=self._note_break,
-        )
+    # ---- precopy ----------------------------------------------------------------------------
 
     def _go_on_in_postcopy(self, writer: StreamWriter, search: PageSearch) -> None:
         assert self._return_path is not None
@@ -402,71 +311,10 @@ class OutgoingMigration(Migration):
         self._mark("handed over")
         self._postcopy(search).run((writer, self._return_path))
 
-    def _note_break(self, error: MigError) -> None:
-        self._break = error
-        if self._abandoned:
-            raise error
-
     def _postcopy_saver(self, writer: StreamWriter) -> RamSaver:
         assert self._encoding is not None
         saver = self._saver = self._make_saver(writer, self._encoding.plain(writer))
         return saver
-
-    def _unlink(self) -> None:
-        self._sent_before += self._writer.offset if self._writer else 0
-        self._writer = None
-        self._close_channel()
-        self._recovering.clear()
-
-    def _relink(self) -> Link:
-        if self.status == Status.POSTCOPY_PAUSED:
-            self._recovering.wait()
-        self._recovering.clear()
-        if self._abandoned:
-            raise self._break or CancelledError("given up")
-        channel = self._connect()
-        self._break = None
-        writer = self._writer = StreamWriter(channel)
-        return_path = self._open_return_path(channel)
-        self._move(Input.CONNECTED)
-        return writer, return_path
-
-    def _sleep_until_woken(self, seconds: float | None) -> None:
-        with contextlib.suppress(IdleTimeoutError):
-            self._cancel.wait({self._wake.fd: select.POLLIN}, seconds)
-            self._wake.clear()
-        if self._link_error is not None:
-            raise self._link_error
-
-    def _open_return_path(self, channel: Channel) -> ReturnPath:
-        self._link_error = None
-        takes = Capability.POSTCOPY_RAM in self.capabilities
-        path = ReturnPath(channel, self._link_failed, self._requests if takes else None)
-        self._return_path = path
-        path.start()
-        return path
-
-    def _link_failed(self, error: MigError) -> None:
-        """Called by the return path's thread."""
-        with self._lock:
-            if self._handed_over is None:
-                self._peer_failed(error)
-                return
-            self._link_error = error
-            self._wake.set()
-            if self._channel is not None:
-                self._channel.cancel()
-
-    # ---- precopy ----------------------------------------------------------------------------
-
-    def _connect(self) -> Channel:
-        channel = connect(self._uri, self._cancel, self.parameters.timeout)
-        with self._lock:
-            self._channel = channel
-            if self.status == Status.CANCELLING:
-                # who cancelled has not seen the channel
-                raise CancelledError("cancelled")
-        return channel
 
     def _begin_unplug(self) -> None:
         guest = self._guest
@@ -595,7 +443,7 @@ class OutgoingMigration(Migration):
             for block in self._pinned:
                 stack.callback(block.pages.unpin)
             stack.callback(self._close_channel)
-            if failed and self._return_path is not None:
+            if failed and self._return_path is not None and self._handed_over is None:
                 stack.callback(self._prefer_peer_error, self._return_path)
 
     def _ending(self) -> contextlib.AbstractContextManager[None]:

@@ -30,6 +30,7 @@ class Owner(Protocol):
     """What the phase needs of its migration."""
 
     parameters: Parameters
+    _abandoned: bool
 
     def _move(self, input_: Input) -> None: ...
 
@@ -94,6 +95,8 @@ class PostcopyPhase:
             try:
                 return self._owner._relink()
             except ChannelError as error:
+                if self._owner._abandoned:
+                    raise
                 self._owner._move(Input.INTERRUPT)
                 self._on_break(error)
 
