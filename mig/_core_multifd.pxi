@@ -230,18 +230,21 @@ cdef class MultifdReceiver:
 
     parser: of the main stream; has the blocks
 
-    Each block is given to `to_memory`, or all of them to `to_log`, before the first `run`.
+    Each block is given to `to_memory` or `refuse`, or all of them to `to_log`, before the first
+    `run`.
     """
     cdef mig_mfd_receiver c
     cdef mig_mfd_block *blocks
     cdef RamParser parser
     cdef unsigned nchannels
     cdef list kept
+    cdef set refused
 
     def __cinit__(self, RamParser parser not None, int nchannels, *, str compression="none"):
         cdef size_t i
         self.parser = parser
         self.kept = []
+        self.refused = set()
         self.nchannels = check_lane_count(nchannels)
         self.blocks = <mig_mfd_block *>calloc(parser.c.nblocks or 1, sizeof(mig_mfd_block))
         if self.blocks == NULL:
@@ -271,6 +274,15 @@ cdef class MultifdReceiver:
         self.blocks[block].received = received.words
         self.blocks[block].fresh = fresh
 
+    def refuse(self, size_t block):
+        """Have every page of a block be an error: it is not to be sent."""
+        if block >= self.c.nblocks:
+            raise IndexError(f"block {block} of {self.c.nblocks}")
+        # no page lies inside of it then
+        self.blocks[block].ram.npages = 0
+        name = self.blocks[block].ram.name[:self.blocks[block].ram.name_len]
+        self.refused.add((<bytes>name).decode("ascii", "backslashreplace"))
+
     def to_log(self, PageLog log not None):
         """Put all pages into a log of the same blocks."""
         cdef size_t i
@@ -294,7 +306,8 @@ cdef class MultifdReceiver:
         if not 0 <= channel < <int>self.nchannels:
             raise ValueError(f"channel {channel} of {self.nchannels}")
         for i in range(self.c.nblocks):
-            if self.c.log == NULL and self.blocks[i].pages == NULL:
+            if (self.c.log == NULL and self.blocks[i].pages == NULL
+                    and self.blocks[i].ram.npages):
                 raise ValueError(f"nobody takes the pages of block {i}")
         place.offset = offset
         place.npackets = 0
@@ -303,7 +316,10 @@ cdef class MultifdReceiver:
             rc = mig_mfd_receive_channel(&self.c, k, <unsigned>channel, &fd.c, &place)
         if rc in _PACKET_ERRORS:
             name = (<bytes>place.name).decode("ascii", "backslashreplace")
-            raise MultifdPacketError(_PACKET_ERRORS[rc], place.offset, name or None)
+            message = _PACKET_ERRORS[rc]
+            if name in self.refused:
+                message = f"block {name} should not be migrated"
+            raise MultifdPacketError(message, place.offset, name or None)
         check_lanes(rc)
 
     def sync(self, timeout=None):
