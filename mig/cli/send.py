@@ -50,6 +50,10 @@ def send(
     """
     wanted = parse_capabilities(capabilities)
     values = {"max-bandwidth": "0", **parse_parameters(parameters)}
+    if wanted.get(Capability.PAUSE_BEFORE_SWITCHOVER):
+        raise click.UsageError(
+            "capability 'pause-before-switchover': nobody can say migrate-continue to this command"
+        )
     if Capability.RETURN_PATH not in wanted:
         wanted[Capability.RETURN_PATH] = carries_return_path(parse_uri(uri))
     with open_image(file) as image:

@@ -65,6 +65,7 @@ class _Destination:
 
     def why(self) -> str | None:
         """Return its error, None when it has none to tell."""
+        assert self._process.stdout is not None
         if select.select([self._process.stdout], [], [], _LAST_WORDS)[0]:
             try:
                 self.hear()
