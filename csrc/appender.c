@@ -193,6 +193,45 @@ int mig_overwrite(struct mig_appender *a, int64_t offset, const void *bytes, siz
     return 0;
 }
 
+static int pread_all(int fd, uint8_t *bytes, size_t nbytes, int64_t offset)
+{
+    while (nbytes) {
+        ssize_t n = pread(fd, bytes, nbytes, (off_t)offset);
+
+        if (n < 0 && errno == EINTR) {
+            continue;
+        }
+        if (n <= 0) {
+            return n < 0 ? -errno : -EIO;
+        }
+        bytes += n;
+        nbytes -= (size_t)n;
+        offset += n;
+    }
+    return 0;
+}
+
+int mig_read_back(struct mig_appender *a, int64_t offset, void *bytes, size_t nbytes)
+{
+    uint8_t *p = bytes;
+    size_t written = 0;
+
+    if (offset < a->base) {
+        int rc = wait_all(a);
+
+        written = a->base - offset < (int64_t)nbytes ? (size_t)(a->base - offset) : nbytes;
+        if (rc == 0) {
+            rc = pread_all(a->fd, p, written, offset);
+        }
+        if (rc < 0) {
+            return rc;
+        }
+    }
+    memcpy(p + written, chunk(a, a->current) + (offset + (int64_t)written - a->base),
+           nbytes - written);
+    return 0;
+}
+
 int mig_appender_finish(struct mig_appender *a)
 {
     int rc = wait_all(a);

@@ -7,7 +7,12 @@
 #include <stddef.h>
 #include <stdint.h>
 
-enum mig_codec { MIG_CODEC_NONE, MIG_CODEC_ZLIB, MIG_CODEC_ZSTD };
+enum mig_codec {
+    MIG_CODEC_NONE,
+    MIG_CODEC_ZLIB,
+    MIG_CODEC_ZSTD,
+    MIG_CODEC_ADAPTIVE, /* each page in its own way: adaptive.h */
+};
 
 /* The error codes belong to the list in mig.h. */
 enum mig_codec_error {

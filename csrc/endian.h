@@ -66,4 +66,15 @@ static inline void mig_store_be32(uint8_t *p, uint32_t x)
     p[3] = (uint8_t)x;
 }
 
+static inline unsigned mig_load_be16(const uint8_t *p)
+{
+    return (unsigned)p[0] << 8 | p[1];
+}
+
+static inline void mig_store_be16(uint8_t *p, unsigned x)
+{
+    p[0] = (uint8_t)(x >> 8);
+    p[1] = (uint8_t)x;
+}
+
 #endif

@@ -24,6 +24,10 @@ enum mig_error {
     MIG_E_RAM_NO_BLOCK = -5020,     /* CONTINUE before any block was named */
     MIG_E_RAM_UNKNOWN_BLOCK = -5021,
     MIG_E_RAM_BAD_OFFSET = -5022,   /* a page that is not inside its block */
+    MIG_E_RAM_BAD_CODING = -5023,   /* an XBZRLE record in another encoding than XBZRLE */
+    MIG_E_RAM_BAD_LENGTH = -5024,   /* a coded page of more bytes than one can have */
+    MIG_E_RAM_BAD_FILL = -5025,     /* a fill byte that is not 0, where that has no place */
+    MIG_E_RAM_CODED = -5026,        /* a coded page, where only plain ones have a place */
     MIG_E_XBZRLE_TRUNCATED = -5030, /* the encoding ends within a run */
     MIG_E_XBZRLE_LENGTH = -5031,    /* a run of no bytes, or a length of three bytes */
     MIG_E_XBZRLE_PAST_PAGE = -5032, /* a run that goes past the page */
@@ -158,6 +162,7 @@ enum {
 struct mig_cache_slot {
     uint64_t address; /* UINT64_MAX: empty */
     uint64_t age;     /* generation of its last use */
+    uint64_t queued;  /* epoch in which the copy was last put on the way out by reference */
 };
 
 /* Direct-mapped: the page at `address` is in slot (address / page_size) % nslots or nowhere. */
@@ -169,6 +174,7 @@ struct mig_cache {
     unsigned page_shift;
     size_t used; /* slots that are not empty */
     size_t mapped;
+    uint64_t epoch; /* from 1: goes up when nothing that is on its way out is in the cache */
 };
 
 /* 0 or MIG_E_NOMEM. Pages take memory as they are put into the cache, 2 MiB at a time. */
@@ -190,6 +196,20 @@ enum mig_cache_result {
     MIG_CACHE_REFUSED = -3,  /* it is not in the cache; send it whole */
 };
 
+/* Whether the copy in the page's slot is on its way out: neither it nor its page may change. */
+bool mig_cache_is_queued(const struct mig_cache *c, uint64_t address);
+/* Says so, until the epoch ends. */
+void mig_cache_queue(struct mig_cache *c, uint64_t address);
+/* One page that is to be sent: its encoding (at most `max` bytes, and any bytes of out[0..max) may
+ * be written), or what else is to be done. In the last stage, when the guest stands still, no
+ * cached page changes. *copy: the cached copy that has to be sent in place of a page that is in
+ * the cache, as the guest may have changed it since; else NULL. */
+int32_t mig_cache_encode_page(const struct mig_kernels *k, struct mig_cache *c,
+                              const uint8_t *page, uint64_t address, uint64_t generation,
+                              bool last_stage, uint8_t *out, size_t max, const uint8_t **copy);
+/* Has the page and its copy brought into the processor's caches. */
+void mig_cache_fetch(const struct mig_cache *c, const uint8_t *page, uint64_t address);
+
 /* Encodes pages index[0..n) of a block at `address` against the cache and puts them into it, in
  * the last stage (the guest stands still) without changing a page. Encodings follow each other in out;
  * result[i] is one of the above or a length. A page that is in the cache has to be sent from there,
@@ -210,6 +230,10 @@ struct mig_out {
     uint64_t nbytes; /* sum of the iovecs */
 };
 
+/* Appends bytes that stay where they are, and bytes just written at the end of the arena. There has
+ * to be an iovec left. */
+void mig_out_bytes(struct mig_out *out, const uint8_t *bytes, size_t nbytes);
+void mig_out_arena(struct mig_out *out, size_t nbytes);
 /* Appends bytes by copy; false when there is no room for all of them. */
 bool mig_out_copy(struct mig_out *out, const void *bytes, size_t nbytes);
 
@@ -222,9 +246,15 @@ enum mig_ram_flag {
     MIG_RAM_PAGE = 0x08,
     MIG_RAM_EOS = 0x10,
     MIG_RAM_CONTINUE = 0x20,
+    MIG_RAM_XBZRLE = 0x40,
 };
 
-enum { MIG_RAM_WORD = 8, MIG_RAM_MAX_NAME = 255 };
+enum {
+    MIG_RAM_WORD = 8,
+    MIG_RAM_MAX_NAME = 255,
+    MIG_RAM_XBZRLE_FIELDS = 3, /* the encoding, and the length of what follows */
+    MIG_RAM_XBZRLE_CODING = 1, /* the only encoding there is */
+};
 
 /* Appends the records of pages index[first..n) of one block to `out`: ZERO where bit i of zero[]
  * is set (or the page has no storage), PAGE otherwise. `name` is given when the first record must
@@ -254,28 +284,64 @@ struct mig_ram_parser {
     size_t nblocks;
     size_t page_size;
     int64_t current; /* index into blocks, -1 before the first */
-    uint64_t *page;  /* page index of each record */
-    int64_t *src;    /* offset of its bytes in the buffer, or -1 - fill byte */
+    /* of each record of the last burst: */
+    uint64_t *page;   /* page index */
+    int64_t *src;     /* offset of its bytes in the buffer, or -1 - fill byte */
+    uint32_t *length; /* how many bytes, 0 of a fill byte */
+    uint16_t *kind;   /* its flag: MIG_RAM_PAGE, _ZERO or _XBZRLE */
     size_t capacity;
-    size_t npages, nfill, consumed, need; /* results of the last call; nfill: without PAGE */
+    /* results of the last call: records in all, with a fill byte, with XBZRLE; bytes */
+    size_t npages, nfill, nxbzrle, consumed, need;
+    size_t wrong; /* the record at which placing the burst stopped with an error */
     uint64_t word;
 };
 
-/* Parses one burst of PAGE and ZERO records, all of one block (`current`). After an error
- * there are no pages, and `current` is the block of the record that is wrong, -1 for none. */
+/* Parses one burst of page records, all of one block (`current`). After an error there are no
+ * pages, and `current` is the block of the record that is wrong, -1 for none. */
 int mig_ram_parse(struct mig_ram_parser *p, const uint8_t *buf, size_t len);
 
-/* Puts n parsed pages where they belong and sets their bits in `received`. Zeros are not written
- * to a page that is zero already: that would only allocate it. `fresh` says that memory whose bit
- * is clear reads as zeros; then it is not even looked at. */
-void mig_ram_place(const struct mig_kernels *k, const struct mig_pages *pages, uint64_t *received,
-                   bool fresh, const uint8_t *buf, const uint64_t *index, const int64_t *src,
-                   size_t n);
+/* Appends the records of a batch, pages that are in the cache as their difference: XBZRLE. */
+struct mig_delta {
+    const struct mig_kernels *kernels;
+    struct mig_cache *cache;
+    uint64_t address; /* of the block, in the space that the cache is addressed by */
+    uint64_t generation;
+    bool last_stage;
+    /* what became of the pages; encoded_bytes: of encodings; record_bytes: as QEMU counts them, of
+     * records without their words, a page for each overflow */
+    uint64_t zero, missed, refused, unchanged, overflows, encoded;
+    uint64_t encoded_bytes, record_bytes;
+};
 
-/* Notes where each parsed page's bytes are in a file: start + src, or MIG_PAGE_ZERO.
- * Returns the number of records with a fill byte other than 0, which have no place in a file. */
-size_t mig_ram_index(int64_t *where, int64_t start, const uint64_t *index, const int64_t *src,
-                     size_t n);
+/* Bytes of arena that a record may take. */
+static inline size_t mig_delta_room(size_t page_size)
+{
+    return MIG_RAM_WORD + 1 + MIG_RAM_MAX_NAME + MIG_RAM_XBZRLE_FIELDS + page_size;
+}
+
+/* As mig_ram_encode(), against the cache, and zero pages refresh it. A page that has not changed
+ * makes no record, so `name` may still be wanted by the next batch. Pages have storage, of at least
+ * 128 bytes. Stops before a page whose slot holds bytes that are still in `out`. */
+size_t mig_delta_encode(struct mig_out *out, struct mig_delta *d, const struct mig_pages *pages,
+                        const char *name, size_t name_len, const uint64_t *index, size_t first,
+                        size_t n, const uint64_t *zero);
+
+/* ---- what becomes of a burst (ramplace.c) ---------------------------------------------------- */
+
+/* Puts the last burst's pages where they belong and sets their bits in `received`. Zeros are not
+ * written to a page that is zero already: that would only allocate it. `fresh` says that memory
+ * whose bit is clear reads as zeros; then it is not even looked at. A difference is laid over what
+ * is there. 0, or MIG_E_XBZRLE_* at record `wrong`. */
+int mig_ram_place(const struct mig_kernels *k, struct mig_ram_parser *p,
+                  const struct mig_pages *pages, uint64_t *received, bool fresh,
+                  const uint8_t *buf);
+
+/* Notes where each page of the last burst is in a file: start + src, or MIG_PAGE_ZERO. 0, or
+ * MIG_E_RAM_BAD_FILL or _CODED at record `wrong`: it has no place in a file. */
+int mig_ram_index(struct mig_ram_parser *p, int64_t *where, int64_t start);
+
+/* Where record `i` of the last burst begins in its buffer. */
+size_t mig_ram_record_offset(const struct mig_ram_parser *p, const uint8_t *buf, size_t i);
 
 /* ---- appender (appender.c): a file that grows at its end, and is changed before it ----------- */
 
@@ -309,6 +375,8 @@ static inline int64_t mig_appender_tail(const struct mig_appender *a)
 int mig_append(struct mig_appender *a, const void *bytes, size_t nbytes);
 /* Changes bytes before the tail. */
 int mig_overwrite(struct mig_appender *a, int64_t offset, const void *bytes, size_t nbytes);
+/* Reads bytes before the tail. */
+int mig_read_back(struct mig_appender *a, int64_t offset, void *bytes, size_t nbytes);
 /* Has the blocks around that place read, when mig_overwrite() would have to wait for them. */
 void mig_overwrite_soon(const struct mig_appender *a, int64_t offset, size_t nbytes);
 /* pwrite until done; 0 or -errno. */
@@ -323,12 +391,14 @@ struct mig_pagelog {
     int64_t current; /* the block that the record at the tail is in, -1 none */
     size_t page_size;
     const uint8_t *zeros; /* page_size zero bytes */
+    uint8_t *scratch;     /* page_size bytes */
+    const struct mig_kernels *kernels;
 };
 
-/* Lays down n parsed pages of the block `number`, updating where[]. 0 or -errno. */
-int mig_pagelog_put(struct mig_pagelog *log, int64_t number, const struct mig_ram_block *block,
-                    int64_t *where, const uint8_t *buf, const uint64_t *index,
-                    const int64_t *src, size_t n);
+/* Lays down the parser's last burst, updating where[] of its block. 0, -errno, or at record `wrong`
+ * MIG_E_RAM_BAD_FILL or MIG_E_XBZRLE_*. */
+int mig_pagelog_put(struct mig_pagelog *log, struct mig_ram_parser *p, int64_t *where,
+                    const uint8_t *buf);
 /* Appends a ZERO record for every page of the block that was sent and has no contents. */
 int mig_pagelog_zeros(struct mig_pagelog *log, int64_t number, const struct mig_ram_block *block,
                       const int64_t *where);

@@ -18,6 +18,7 @@
 
 #include <pthread.h>
 
+#include "adaptive.h"
 #include "codec.h"
 #include "mig.h"
 
@@ -36,6 +37,7 @@ enum mig_mfd_flag {
     MIG_MFD_CODECS = 0x1f << 1,
     MIG_MFD_ZLIB = 1 << 1,
     MIG_MFD_ZSTD = 2 << 1,
+    MIG_MFD_ADAPTIVE = 0x1f << 1, /* mig's own: no QEMU knows it */
 };
 
 /* What is wrong with a packet; continues the list in mig.h. */
@@ -78,6 +80,7 @@ int mig_mfd_get(struct mig_mfd_packet *p, size_t page_size, const uint8_t *in);
 
 struct mig_mfd_job {
     const struct mig_pages *pages; /* stays until the job is done */
+    uint64_t address; /* of the block, in the space that the cache of deltas is addressed by */
     bool scan;                     /* look for zero pages */
     char name[MIG_MFD_NAME];
     size_t npages;
@@ -91,6 +94,7 @@ struct mig_mfd_sender {
     int level;
     bool zero_copy;
     uint8_t uuid[16];
+    struct mig_adaptive adaptive;
 
     pthread_mutex_t lock;
     pthread_cond_t work, done; /* there is something to do; something was done */
@@ -112,8 +116,8 @@ int mig_mfd_sender_open(struct mig_mfd_sender *s, unsigned nchannels, size_t pag
 void mig_mfd_sender_close(struct mig_mfd_sender *s);
 /* Has pages index[0..n) of a block sent, on any channel; waits while enough is queued. 0, or
  * MIG_E_MFD_STOPPED when it was stopped or a channel had an error. */
-int mig_mfd_send(struct mig_mfd_sender *s, const struct mig_pages *pages, const char *name,
-                 size_t name_len, const uint64_t *index, size_t n, bool scan);
+int mig_mfd_send(struct mig_mfd_sender *s, const struct mig_pages *pages, uint64_t address,
+                 const char *name, size_t name_len, const uint64_t *index, size_t n, bool scan);
 /* Returns when all that was queued is sent. */
 int mig_mfd_drain(struct mig_mfd_sender *s);
 /* Returns when all that was queued is sent, and a SYNC on every channel behind it. */
@@ -128,7 +132,6 @@ int mig_mfd_send_channel(struct mig_mfd_sender *s, const struct mig_kernels *k, 
 /* ---- receiving ------------------------------------------------------------------------------ */
 
 struct mig_mfd_block {
-    struct mig_ram_block ram;
     const struct mig_pages *pages; /* memory; NULL: the page log */
     uint64_t *received;
     bool fresh; /* memory whose bit in `received` is clear reads as zeros */
@@ -139,7 +142,8 @@ struct mig_mfd_receiver {
     size_t page_size;
     unsigned nchannels;
     enum mig_codec codec;
-    const struct mig_mfd_block *blocks;
+    const struct mig_ram_block *ram_blocks;
+    const struct mig_mfd_block *blocks; /* of the same numbers */
     size_t nblocks;
     struct mig_pagelog *log; /* NULL: memory */
     pthread_mutex_t *log_lock;

@@ -20,7 +20,8 @@ struct lane {
     struct mig_coder coder;
     uint8_t *coded, *plain; /* data of a packet, before and after the codec */
     size_t max_coded;
-    int64_t *src; /* where in `plain` each page is */
+    struct mig_ram_parser burst; /* the packet, as if it were records in `plain` */
+    uint64_t *raw;               /* pages of an adaptive packet that are read into memory */
     struct iovec *iov;
 };
 
@@ -150,31 +151,32 @@ static int read_all(const struct lane *l, uint8_t *bytes, size_t nbytes)
     return n < 0 ? (int)n : (size_t)n < nbytes ? MIG_E_MFD_CUT : 0;
 }
 
-/* Exactly the pages of the packet, straight to where they belong. */
-static int read_pages(struct lane *l, const struct mig_mfd_block *block)
+/* Exactly these pages, straight to where they belong. */
+static int read_pages(struct lane *l, const struct mig_mfd_block *block, const uint64_t *index,
+                      size_t n)
 {
-    const struct mig_mfd_packet *p = &l->packet;
-    size_t page_size = l->r->page_size, n = 0;
+    size_t page_size = l->r->page_size, niov = 0;
     int64_t got;
 
-    for (size_t i = 0; i < p->normal; i++) {
-        uint8_t *page = block->pages->base + p->page[i] * page_size;
+    for (size_t i = 0; i < n; i++) {
+        uint8_t *page = block->pages->base + index[i] * page_size;
+        struct iovec *last = niov ? &l->iov[niov - 1] : NULL;
 
-        if (n && (uint8_t *)l->iov[n - 1].iov_base + l->iov[n - 1].iov_len == page) {
-            l->iov[n - 1].iov_len += page_size;
+        if (last && (uint8_t *)last->iov_base + last->iov_len == page) {
+            last->iov_len += page_size;
         } else {
-            l->iov[n++] = (struct iovec){.iov_base = page, .iov_len = page_size};
+            l->iov[niov++] = (struct iovec){.iov_base = page, .iov_len = page_size};
         }
     }
-    got = mig_fd_readv(l->fd, l->iov, n);
+    got = mig_fd_readv(l->fd, l->iov, niov);
     if (got < 0) {
         return (int)got;
     }
-    if ((size_t)got < p->normal * page_size) {
+    if ((size_t)got < n * page_size) {
         return MIG_E_MFD_CUT;
     }
-    for (size_t i = 0; i < p->normal; i++) {
-        mig_bitmap_set_atomic(block->received, p->page[i], 1);
+    for (size_t i = 0; i < n; i++) {
+        mig_bitmap_set_atomic(block->received, index[i], 1);
     }
     return 0;
 }
@@ -184,10 +186,10 @@ static const struct mig_mfd_block *find_block(const struct lane *l)
     size_t length = strlen(l->packet.name);
 
     for (size_t i = 0; i < l->r->nblocks; i++) {
-        const struct mig_mfd_block *block = &l->r->blocks[i];
+        const struct mig_ram_block *ram = &l->r->ram_blocks[i];
 
-        if (block->ram.name_len == length && memcmp(block->ram.name, l->packet.name, length) == 0) {
-            return block;
+        if (ram->name_len == length && memcmp(ram->name, l->packet.name, length) == 0) {
+            return &l->r->blocks[i];
         }
     }
     return NULL;
@@ -198,8 +200,10 @@ static int check(const struct lane *l, const struct mig_mfd_block *block)
 {
     const struct mig_mfd_packet *p = &l->packet;
     static const uint32_t flag_of[] = {[MIG_CODEC_ZLIB] = MIG_MFD_ZLIB,
-                                       [MIG_CODEC_ZSTD] = MIG_MFD_ZSTD};
+                                       [MIG_CODEC_ZSTD] = MIG_MFD_ZSTD,
+                                       [MIG_CODEC_ADAPTIVE] = MIG_MFD_ADAPTIVE};
     enum mig_codec codec = l->r->codec;
+    uint64_t npages = l->r->ram_blocks[block - l->r->blocks].npages;
 
     /* without pages the length may be anything: QEMU 7.2 leaves that of another packet there */
     if (p->normal) {
@@ -212,28 +216,103 @@ static int check(const struct lane *l, const struct mig_mfd_block *block)
         }
     }
     for (size_t i = 0; i < p->normal + p->zero; i++) {
-        if (p->page[i] >= block->ram.npages) {
+        if (p->page[i] >= npages) {
             return MIG_E_MFD_OFFSET;
         }
     }
     return 0;
 }
 
-/* The packet's data into `plain`. */
-static int read_data(struct lane *l)
+/* Adds a record to the burst, of `nbytes` bytes at `src`. */
+static void add(struct lane *l, uint16_t kind, uint64_t page, int64_t src, size_t nbytes)
+{
+    struct mig_ram_parser *b = &l->burst;
+
+    b->kind[b->npages] = kind;
+    b->page[b->npages] = page;
+    b->src[b->npages] = src;
+    b->length[b->npages++] = (uint32_t)nbytes;
+}
+
+/* The packet's data into `plain`, or straight into memory. */
+static int read_data(struct lane *l, const struct mig_mfd_block *block)
 {
     const struct mig_mfd_packet *p = &l->packet;
+    size_t page_size = l->r->page_size, nbytes = p->normal * page_size;
     int rc;
 
-    if (l->r->codec == MIG_CODEC_NONE || !p->normal) {
-        return read_all(l, l->plain, p->normal * l->r->page_size);
+    if (l->r->codec == MIG_CODEC_NONE && block->pages) {
+        return read_pages(l, block, p->page, p->normal);
     }
-    rc = read_all(l, l->coded, p->next_size);
-    if (rc == 0) {
-        rc = mig_decode(&l->coder, l->coded, p->next_size, l->plain,
-                        p->normal * l->r->page_size);
+    if (l->r->codec == MIG_CODEC_NONE) {
+        rc = read_all(l, l->plain, nbytes);
+    } else {
+        rc = read_all(l, l->coded, p->next_size);
+        if (rc == 0) {
+            rc = mig_decode(&l->coder, l->coded, p->next_size, l->plain, nbytes);
+        }
+    }
+    for (size_t i = 0; i < p->normal; i++) {
+        add(l, MIG_RAM_PAGE, p->page[i], (int64_t)(i * page_size), page_size);
     }
     return rc;
+}
+
+/* Adds the records of an adaptive packet, whose raw pages follow each other from `raw` on, or are
+ * put into index[...]. */
+static void add_methods(struct lane *l, const struct mig_adaptive_data *d, size_t unpacked,
+                        size_t raw, uint64_t *index)
+{
+    const struct mig_mfd_packet *p = &l->packet;
+    const uint8_t *methods = l->plain, *length = l->plain + p->normal;
+    size_t page_size = l->r->page_size, delta = d->deltas, nraw = 0;
+
+    for (size_t i = 0; i < p->normal; i++) {
+        if (methods[i] == MIG_METHOD_DELTA) {
+            add(l, MIG_RAM_XBZRLE, p->page[i], (int64_t)delta, mig_load_be16(length));
+            delta += mig_load_be16(length);
+            length += 2;
+        } else if (methods[i] == MIG_METHOD_ZSTD) {
+            add(l, MIG_RAM_PAGE, p->page[i], (int64_t)unpacked, page_size);
+            unpacked += page_size;
+        } else if (index) {
+            index[nraw++] = p->page[i];
+        } else {
+            add(l, MIG_RAM_PAGE, p->page[i], (int64_t)raw, page_size);
+            raw += page_size;
+        }
+    }
+}
+
+/* The same for an adaptive packet. */
+static int read_adaptive(struct lane *l, const struct mig_mfd_block *block)
+{
+    const struct mig_mfd_packet *p = &l->packet;
+    size_t page_size = l->r->page_size, n = p->normal, head, raw;
+    struct mig_adaptive_data d;
+    int rc = read_all(l, l->plain, n);
+
+    if (rc == 0) {
+        rc = mig_adaptive_methods(&d, l->plain, n, p->next_size, page_size);
+    }
+    if (rc < 0) {
+        return rc;
+    }
+    head = p->next_size - d.nraw * page_size;
+    raw = head + d.nzstd * page_size;
+    rc = read_all(l, l->plain + n, head - n);
+    if (rc == 0) {
+        rc = mig_adaptive_layout(&d, l->plain, n, head);
+    }
+    if (rc == 0 && d.nzstd) {
+        rc = mig_decode(&l->coder, l->plain + d.zstd, d.zstd_nbytes, l->plain + head, raw - head);
+    }
+    if (rc < 0) {
+        return rc;
+    }
+    add_methods(l, &d, head, raw, block->pages ? l->raw : NULL);
+    return block->pages ? read_pages(l, block, l->raw, d.nraw)
+                        : read_all(l, l->plain + raw, d.nraw * page_size);
 }
 
 static int take_pages(struct lane *l)
@@ -241,29 +320,25 @@ static int take_pages(struct lane *l)
     const struct mig_mfd_packet *p = &l->packet;
     const struct mig_mfd_receiver *r = l->r;
     const struct mig_mfd_block *block = find_block(l);
-    size_t first = 0;
     int rc = block ? check(l, block) : MIG_E_MFD_NAME;
 
-    if (rc == 0 && block->pages && r->codec == MIG_CODEC_NONE) {
-        rc = read_pages(l, block);
-        first = p->normal;
-    } else if (rc == 0) {
-        rc = read_data(l);
+    l->burst.npages = 0;
+    if (rc == 0 && p->normal) {
+        rc = r->codec == MIG_CODEC_ADAPTIVE ? read_adaptive(l, block) : read_data(l, block);
     }
     if (rc < 0) {
         return rc;
     }
-    for (size_t i = 0; i < p->normal + p->zero; i++) {
-        l->src[i] = i < p->normal ? (int64_t)(i * r->page_size) : -1;
+    for (size_t i = p->normal; i < p->normal + p->zero; i++) {
+        add(l, MIG_RAM_ZERO, p->page[i], -1, 0);
     }
+    l->burst.current = block - r->blocks;
     if (block->pages) {
-        mig_ram_place(l->k, block->pages, block->received, block->fresh, l->plain,
-                      p->page + first, l->src + first, p->normal + p->zero - first);
-        return 0;
+        return mig_ram_place(l->k, &l->burst, block->pages, block->received, block->fresh,
+                             l->plain);
     }
     pthread_mutex_lock(r->log_lock);
-    rc = mig_pagelog_put(r->log, block - r->blocks, &block->ram, block->where, l->plain, p->page,
-                         l->src, p->normal + p->zero);
+    rc = mig_pagelog_put(r->log, &l->burst, block->where, l->plain);
     pthread_mutex_unlock(r->log_lock);
     return rc;
 }
@@ -320,26 +395,40 @@ static int work(struct lane *l, struct mig_mfd_place *place)
 static int open_lane(struct lane *l)
 {
     size_t page_size = l->r->page_size, max_pages = mig_mfd_max_pages(page_size);
-    bool codes = l->r->codec != MIG_CODEC_NONE;
+    bool adapts = l->r->codec == MIG_CODEC_ADAPTIVE;
+    bool codes = l->r->codec != MIG_CODEC_NONE && !adapts;
 
     l->packet.page = calloc(max_pages, sizeof(*l->packet.page));
-    l->src = calloc(max_pages, sizeof(*l->src));
+    l->burst.blocks = l->r->ram_blocks;
+    l->burst.nblocks = l->r->nblocks;
+    l->burst.page_size = page_size;
+    l->burst.page = calloc(max_pages, sizeof(*l->burst.page));
+    l->burst.src = calloc(max_pages, sizeof(*l->burst.src));
+    l->burst.length = calloc(max_pages, sizeof(*l->burst.length));
+    l->burst.kind = calloc(max_pages, sizeof(*l->burst.kind));
     l->iov = calloc(max_pages, sizeof(*l->iov));
     l->head = malloc(mig_mfd_packet_nbytes(page_size));
-    l->max_coded = mig_codec_bound(l->r->codec, max_pages * page_size);
-    l->plain = malloc(max_pages * page_size);
+    l->raw = calloc(max_pages, sizeof(*l->raw));
+    l->max_coded = adapts ? mig_adaptive_bound(max_pages, page_size) + max_pages * page_size
+                          : mig_codec_bound(l->r->codec, max_pages * page_size);
+    l->plain = malloc(max_pages * page_size + (adapts ? l->max_coded : 0));
     l->coded = codes ? malloc(l->max_coded) : NULL;
-    if (!l->packet.page || !l->src || !l->iov || !l->head || !l->plain || (codes && !l->coded)) {
+    if (!l->packet.page || !l->burst.page || !l->burst.src || !l->burst.length || !l->burst.kind ||
+        !l->raw || !l->iov || !l->head || !l->plain || (codes && !l->coded)) {
         return MIG_E_NOMEM;
     }
-    return mig_decoder_open(&l->coder, l->r->codec);
+    return mig_decoder_open(&l->coder, adapts ? MIG_CODEC_ZSTD : l->r->codec);
 }
 
 static void close_lane(struct lane *l)
 {
     mig_decoder_close(&l->coder);
     free(l->packet.page);
-    free(l->src);
+    free(l->burst.page);
+    free(l->burst.src);
+    free(l->burst.length);
+    free(l->burst.kind);
+    free(l->raw);
     free(l->iov);
     free(l->head);
     free(l->plain);

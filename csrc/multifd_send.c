@@ -3,7 +3,7 @@
  * there. See multifd.h. */
 #include <stdlib.h>
 #include <string.h>
-#include <sys/mman.h>
+#include <time.h>
 
 #include "endian.h"
 #include "multifd.h"
@@ -25,6 +25,7 @@ struct lane {
     uint8_t *plain, *coded; /* the pages of a packet, before and after the codec */
     size_t max_coded;
     struct mig_zero_copy zero_copy;
+    struct mig_adaptive_lane adaptive;
 };
 
 /* ---- queue ---------------------------------------------------------------------------------- */
@@ -72,6 +73,7 @@ void mig_mfd_sender_close(struct mig_mfd_sender *s)
     free(s->ready);
     free(s->unused);
     free(s->synced);
+    mig_adaptive_close(&s->adaptive);
     memset(s, 0, sizeof(*s));
 }
 
@@ -100,8 +102,8 @@ static void make_ready(struct mig_mfd_sender *s, size_t number)
     pthread_cond_signal(&s->work);
 }
 
-int mig_mfd_send(struct mig_mfd_sender *s, const struct mig_pages *pages, const char *name,
-                 size_t name_len, const uint64_t *index, size_t n, bool scan)
+int mig_mfd_send(struct mig_mfd_sender *s, const struct mig_pages *pages, uint64_t address,
+                 const char *name, size_t name_len, const uint64_t *index, size_t n, bool scan)
 {
     size_t max_pages = mig_mfd_max_pages(s->page_size);
     int rc = 0;
@@ -116,6 +118,7 @@ int mig_mfd_send(struct mig_mfd_sender *s, const struct mig_pages *pages, const 
             break;
         }
         job->pages = pages;
+        job->address = address;
         job->scan = scan;
         job->npages = some;
         memset(job->name, 0, sizeof(job->name));
@@ -191,6 +194,7 @@ void mig_mfd_stop(struct mig_mfd_sender *s) { set(s, &s->stopped); }
 static void close_lane(struct lane *l)
 {
     mig_encoder_close(&l->coder);
+    mig_adaptive_lane_close(&l->adaptive);
     free(l->packet.page);
     free(l->head);
     free(l->is_zero);
@@ -203,12 +207,12 @@ static int open_lane(struct lane *l)
 {
     const struct mig_mfd_sender *s = l->s;
     size_t max_pages = mig_mfd_max_pages(s->page_size), nbytes = max_pages * s->page_size;
-    bool codes = s->codec != MIG_CODEC_NONE;
+    bool codes = s->codec == MIG_CODEC_ZLIB || s->codec == MIG_CODEC_ZSTD;
 
     l->packet.page = calloc(max_pages, sizeof(*l->packet.page));
     l->head = malloc(mig_mfd_packet_nbytes(s->page_size));
     l->is_zero = calloc(mig_bitmap_nwords(max_pages), sizeof(*l->is_zero));
-    l->iov = calloc(1 + max_pages, sizeof(*l->iov));
+    l->iov = calloc(1 + 5 + max_pages, sizeof(*l->iov));
     l->max_coded = mig_codec_bound(s->codec, nbytes);
     l->plain = codes ? malloc(nbytes) : NULL;
     l->coded = codes ? malloc(l->max_coded) : NULL;
@@ -222,6 +226,9 @@ static int open_lane(struct lane *l)
         if (rc < 0) {
             return rc;
         }
+    }
+    if (s->codec == MIG_CODEC_ADAPTIVE) {
+        return mig_adaptive_lane_open(&l->adaptive, max_pages, s->page_size, s->level);
     }
     return mig_encoder_open(&l->coder, s->codec, s->level);
 }
@@ -238,7 +245,8 @@ static int64_t introduce(const struct lane *l)
     return mig_fd_writev(l->fd, &iov, 1);
 }
 
-/* Sorts the job's pages into the packet: those with contents, then the zero ones. */
+/* Sorts the job's pages: those with contents into the packet, the zero ones to the front of the
+ * job. */
 static void sort_pages(struct lane *l, const struct mig_mfd_job *job)
 {
     struct mig_mfd_packet *p = &l->packet;
@@ -256,7 +264,6 @@ static void sort_pages(struct lane *l, const struct mig_mfd_job *job)
         job->page[p->zero] = job->page[i];
         p->zero += zero;
     }
-    memcpy(p->page + p->normal, job->page, p->zero * sizeof(*p->page));
 }
 
 /* The pages as pieces of memory behind iov[0]; returns how many iovecs there are. */
@@ -288,17 +295,53 @@ static int64_t compress(struct lane *l, const struct mig_mfd_job *job)
     return mig_encode(&l->coder, l->plain, l->packet.normal * page_size, l->coded, l->max_coded);
 }
 
+/* Seconds on a clock. */
+static double now(void)
+{
+    struct timespec t;
+
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (double)t.tv_sec + (double)t.tv_nsec * 1e-9;
+}
+
+/* The pages each in its own way; returns how many iovecs there are. */
+static int64_t adapt(struct lane *l, const struct mig_mfd_job *job)
+{
+    struct mig_mfd_packet *p = &l->packet;
+    struct mig_adaptive *a = &l->s->adaptive;
+    int n = 0;
+
+    for (size_t i = 0; i < p->zero; i++) {
+        mig_adaptive_zero(a, job->address + job->page[i] * l->s->page_size);
+    }
+    p->next_size = 0;
+    if (p->normal) {
+        n = mig_adaptive_encode(a, &l->adaptive, l->k, job->pages, job->address, p->page,
+                                &p->normal, l->iov + 1);
+    }
+    for (int i = 0; i < n; i++) {
+        p->next_size += (uint32_t)l->iov[1 + i].iov_len;
+    }
+    return n < 0 ? n : 1 + n;
+}
+
 static int64_t send_packet(struct lane *l, size_t niov)
 {
     struct mig_mfd_packet *p = &l->packet;
     int64_t head, rest;
+    double began;
 
     p->number = __atomic_fetch_add(&l->s->packet_number, 1, __ATOMIC_RELAXED);
     mig_mfd_put(p, l->s->page_size, l->head);
     l->iov[0] = (struct iovec){.iov_base = l->head,
                                .iov_len = mig_mfd_packet_nbytes(l->s->page_size)};
     if (!l->s->zero_copy) {
-        return mig_fd_writev(l->fd, l->iov, niov);
+        began = now();
+        rest = mig_fd_writev(l->fd, l->iov, niov);
+        if (rest > 0) {
+            mig_adaptive_sent(&l->adaptive, (size_t)rest, now() - began);
+        }
+        return rest;
     }
     /* the header is written anew for the next packet: only pages may be taken from where they are */
     head = mig_zero_copy_put(&l->zero_copy, l->iov, 1);
@@ -312,17 +355,20 @@ static int64_t send_packet(struct lane *l, size_t niov)
 static int64_t send_pages(struct lane *l, const struct mig_mfd_job *job)
 {
     static const uint32_t flag_of[] = {[MIG_CODEC_ZLIB] = MIG_MFD_ZLIB,
-                                       [MIG_CODEC_ZSTD] = MIG_MFD_ZSTD};
+                                       [MIG_CODEC_ZSTD] = MIG_MFD_ZSTD,
+                                       [MIG_CODEC_ADAPTIVE] = MIG_MFD_ADAPTIVE};
     struct mig_mfd_packet *p = &l->packet;
-    size_t niov = 1;
+    int64_t niov = 1;
 
     sort_pages(l, job);
     memcpy(p->name, job->name, sizeof(p->name));
     /* QEMU 10 wants it also where there is nothing to decode */
     p->flags = flag_of[l->s->codec];
     p->next_size = (uint32_t)(p->normal * l->s->page_size);
-    if (p->normal && l->s->codec == MIG_CODEC_NONE) {
-        niov = gather(l, job);
+    if (l->s->codec == MIG_CODEC_ADAPTIVE) {
+        niov = adapt(l, job);
+    } else if (p->normal && l->s->codec == MIG_CODEC_NONE) {
+        niov = (int64_t)gather(l, job);
     } else if (p->normal) {
         int64_t nbytes = compress(l, job);
 
@@ -333,7 +379,11 @@ static int64_t send_pages(struct lane *l, const struct mig_mfd_job *job)
         l->iov[1] = (struct iovec){.iov_base = l->coded, .iov_len = (size_t)nbytes};
         niov = 2;
     }
-    return send_packet(l, niov);
+    memcpy(p->page + p->normal, job->page, p->zero * sizeof(*p->page));
+    if (niov < 0 || p->normal + p->zero == 0) {
+        return niov < 0 ? niov : 0;
+    }
+    return send_packet(l, (size_t)niov);
 }
 
 static int64_t send_sync(struct lane *l)

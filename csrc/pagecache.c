@@ -38,6 +38,7 @@ int mig_cache_open(struct mig_cache *c, size_t nslots, size_t page_size)
     c->page_size = page_size;
     c->page_shift = (unsigned)__builtin_ctzll(page_size);
     c->stride = stride;
+    c->epoch = 1;
     if (!c->pages || !c->slots) {
         mig_cache_close(c);
         return MIG_E_NOMEM;
@@ -105,7 +106,8 @@ uint8_t *mig_cache_insert(struct mig_cache *c, uint64_t address, const uint8_t *
     uint8_t *copy = c->pages + i * c->stride;
 
     if (slot->address == EMPTY) {
-        c->used++;
+        /* several threads may, each under a lock of its own share of the slots */
+        __atomic_fetch_add(&c->used, 1, __ATOMIC_RELAXED);
     } else if (slot->address != address && slot->age + MIG_CACHE_LIFETIME > generation) {
         return NULL;
     }
@@ -119,26 +121,38 @@ uint8_t *mig_cache_insert(struct mig_cache *c, uint64_t address, const uint8_t *
     return copy;
 }
 
-static int32_t encode_page(const struct mig_kernels *k, struct mig_cache *c, const uint8_t *page,
-                           uint64_t address, uint64_t generation, bool last_stage, uint8_t *out)
+bool mig_cache_is_queued(const struct mig_cache *c, uint64_t address)
 {
-    uint8_t *copy = mig_cache_lookup(c, address, generation);
+    return c->slots[slot_of(c, address)].queued == c->epoch;
+}
+
+void mig_cache_queue(struct mig_cache *c, uint64_t address)
+{
+    c->slots[slot_of(c, address)].queued = c->epoch;
+}
+
+int32_t mig_cache_encode_page(const struct mig_kernels *k, struct mig_cache *c,
+                              const uint8_t *page, uint64_t address, uint64_t generation,
+                              bool last_stage, uint8_t *out, size_t max, const uint8_t **copy)
+{
+    uint8_t *cached = mig_cache_lookup(c, address, generation);
     int64_t length;
 
-    if (!copy) {
-        bool kept = !last_stage && mig_cache_insert(c, address, page, generation);
-
-        return kept ? MIG_CACHE_MISS : MIG_CACHE_REFUSED;
+    *copy = NULL;
+    if (!cached) {
+        *copy = last_stage ? NULL : mig_cache_insert(c, address, page, generation);
+        return *copy ? MIG_CACHE_MISS : MIG_CACHE_REFUSED;
     }
     if (last_stage) {
-        length = k->xbzrle_encode(copy, page, c->page_size, out, c->page_size);
+        length = k->xbzrle_encode(cached, page, c->page_size, out, max);
     } else {
-        length = k->xbzrle_update(copy, page, c->page_size, out, c->page_size);
+        length = k->xbzrle_update(cached, page, c->page_size, out, max);
+        *copy = cached;
     }
     return length == MIG_XBZRLE_OVERFLOW ? MIG_CACHE_OVERFLOW : (int32_t)length;
 }
 
-static void fetch(const struct mig_cache *c, const uint8_t *page, uint64_t address)
+void mig_cache_fetch(const struct mig_cache *c, const uint8_t *page, uint64_t address)
 {
     size_t i = slot_of(c, address);
 
@@ -158,12 +172,15 @@ size_t mig_cache_encode(const struct mig_kernels *k, struct mig_cache *c,
 
     *used = 0;
     for (i = 0; i < n && max - *used >= c->page_size; i++) {
+        const uint8_t *copy;
+
         if (i + 1 < n) {
-            fetch(c, mig_page(pages, index[i + 1]), address + (index[i + 1] << c->page_shift));
+            mig_cache_fetch(c, mig_page(pages, index[i + 1]),
+                            address + (index[i + 1] << c->page_shift));
         }
-        result[i] = encode_page(k, c, mig_page(pages, index[i]),
-                                address + (index[i] << c->page_shift), generation, last_stage,
-                                out + *used);
+        result[i] = mig_cache_encode_page(k, c, mig_page(pages, index[i]),
+                                          address + (index[i] << c->page_shift), generation,
+                                          last_stage, out + *used, c->page_size, &copy);
         *used += result[i] > 0 ? (size_t)result[i] : 0;
     }
     return i;

@@ -4,14 +4,15 @@
  *   0        8                          a word: offset in the block | flags, big-endian
  *   +--------+--------+-----  - - -
  *   |  word  |len|name|  contents       len and name only without CONTINUE;
- *   +--------+--------+-----  - - -     PAGE: page_size bytes, ZERO: one byte
+ *   +--------+--------+-----  - - -     PAGE: page_size bytes, ZERO: one byte,
+ *   +--------+--------+-----  - - -     XBZRLE: a byte 1, be16 length, so many bytes
  */
 #include "endian.h"
 #include "mig.h"
 
 /* ---- out ----------------------------------------------------------------------------------- */
 
-static void out_bytes(struct mig_out *out, const uint8_t *bytes, size_t nbytes)
+void mig_out_bytes(struct mig_out *out, const uint8_t *bytes, size_t nbytes)
 {
     struct iovec *last = out->niov ? &out->iov[out->niov - 1] : NULL;
 
@@ -25,13 +26,12 @@ static void out_bytes(struct mig_out *out, const uint8_t *bytes, size_t nbytes)
     out->nbytes += nbytes;
 }
 
-/* The bytes just written at the end of the arena become part of the queue. */
-static void out_arena(struct mig_out *out, size_t nbytes)
+void mig_out_arena(struct mig_out *out, size_t nbytes)
 {
     const uint8_t *start = out->arena + out->used;
 
     out->used += nbytes;
-    out_bytes(out, start, nbytes);
+    mig_out_bytes(out, start, nbytes);
 }
 
 bool mig_out_copy(struct mig_out *out, const void *bytes, size_t nbytes)
@@ -41,7 +41,7 @@ bool mig_out_copy(struct mig_out *out, const void *bytes, size_t nbytes)
     }
     if (nbytes) {
         memcpy(out->arena + out->used, bytes, nbytes);
-        out_arena(out, nbytes);
+        mig_out_arena(out, nbytes);
     }
     return true;
 }
@@ -71,7 +71,7 @@ size_t mig_ram_encode(struct mig_out *out, const struct mig_pages *pages, const 
          * there, so that a run of such records is one piece. */
         if (!is_zero && !name && pages->where && pages->where[index[i]] >= MIG_RAM_WORD &&
             memcmp(page - MIG_RAM_WORD, header, MIG_RAM_WORD) == 0) {
-            out_bytes(out, page - MIG_RAM_WORD, MIG_RAM_WORD + pages->page_size);
+            mig_out_bytes(out, page - MIG_RAM_WORD, MIG_RAM_WORD + pages->page_size);
             continue;
         }
         memcpy(at, header, MIG_RAM_WORD);
@@ -84,9 +84,9 @@ size_t mig_ram_encode(struct mig_out *out, const struct mig_pages *pages, const 
         if (is_zero) {
             at[nbytes++] = 0;
         }
-        out_arena(out, nbytes);
+        mig_out_arena(out, nbytes);
         if (!is_zero) {
-            out_bytes(out, page, pages->page_size);
+            mig_out_bytes(out, page, pages->page_size);
         }
     }
     return i;
@@ -116,7 +116,7 @@ static int64_t find_block(const struct mig_ram_parser *p, const uint8_t *name, s
 static int stop_error(struct mig_ram_parser *p, int64_t block, int error)
 {
     p->current = block;
-    p->npages = p->nfill = 0;
+    p->npages = p->nfill = p->nxbzrle = 0;
     return error;
 }
 
@@ -126,102 +126,113 @@ static int stop_more(struct mig_ram_parser *p, size_t need)
     return MIG_RAM_STOP_MORE;
 }
 
+/* The fields between a record's name and its bytes: *nfields bytes, and *nbytes that follow. 0,
+ * MIG_RAM_STOP_OTHER when `left` is less than these fields, or MIG_E_*. */
+static int read_fields(const struct mig_ram_parser *p, uint64_t flags, const uint8_t *at,
+                       size_t left, size_t *nfields, size_t *nbytes)
+{
+    *nfields = 0;
+    *nbytes = flags == MIG_RAM_PAGE ? p->page_size : 1;
+    if (flags == MIG_RAM_XBZRLE) {
+        *nfields = MIG_RAM_XBZRLE_FIELDS;
+        if (left < *nfields) {
+            return MIG_RAM_STOP_OTHER;
+        }
+        if (at[0] != MIG_RAM_XBZRLE_CODING) {
+            return MIG_E_RAM_BAD_CODING;
+        }
+        *nbytes = mig_load_be16(at + 1);
+        if (*nbytes > p->page_size) {
+            return MIG_E_RAM_BAD_LENGTH;
+        }
+    }
+    return 0;
+}
+
+/* The block of the record, -1 for none, and the length of its word and name. `need` is set when they
+ * are not all there. */
+static int64_t read_block(struct mig_ram_parser *p, const uint8_t *rec, size_t left, size_t *head)
+{
+    *head = MIG_RAM_WORD;
+    if (p->word & MIG_RAM_CONTINUE) {
+        return p->current;
+    }
+    p->need = *head + 1;
+    if (left >= p->need) {
+        p->need += (size_t)rec[MIG_RAM_WORD];
+    }
+    if (left < p->need) {
+        return -1;
+    }
+    *head = p->need;
+    p->need = 0;
+    return find_block(p, rec + MIG_RAM_WORD + 1, rec[MIG_RAM_WORD]);
+}
+
+static void take(struct mig_ram_parser *p, uint64_t page, uint64_t flags, const uint8_t *rec,
+                 size_t head, size_t nbytes)
+{
+    size_t i = p->npages++;
+    bool fill = flags == MIG_RAM_ZERO;
+
+    p->page[i] = page;
+    p->kind[i] = (uint16_t)flags;
+    p->src[i] = fill ? -1 - (int64_t)rec[head] : (int64_t)(p->consumed + head);
+    p->length[i] = fill ? 0 : (uint32_t)nbytes;
+    p->nfill += fill;
+    p->nxbzrle += flags == MIG_RAM_XBZRLE;
+    p->consumed += head + nbytes;
+}
+
 int mig_ram_parse(struct mig_ram_parser *p, const uint8_t *buf, size_t len)
 {
     const uint64_t mask = p->page_size - 1;
 
-    p->npages = p->nfill = p->consumed = p->need = 0;
+    p->npages = p->nfill = p->nxbzrle = p->consumed = p->need = 0;
     for (;;) {
         const uint8_t *rec = buf + p->consumed;
-        size_t left = len - p->consumed, head = MIG_RAM_WORD, body;
-        int64_t block = p->current;
-        uint64_t word, flags, page;
+        size_t left = len - p->consumed, head, nfields, nbytes;
+        uint64_t flags, page;
+        int64_t block;
+        int rc;
 
         if (p->npages == p->capacity) {
             return MIG_RAM_STOP_FULL;
         }
-        if (left < head) {
-            return stop_more(p, head);
+        if (left < MIG_RAM_WORD) {
+            return stop_more(p, MIG_RAM_WORD);
         }
-        word = p->word = mig_load_be64(rec);
-        flags = word & mask & ~(uint64_t)MIG_RAM_CONTINUE;
+        p->word = mig_load_be64(rec);
+        flags = p->word & mask & ~(uint64_t)MIG_RAM_CONTINUE;
         if (flags == MIG_RAM_EOS) {
-            p->consumed += head;
+            p->consumed += MIG_RAM_WORD;
             return MIG_RAM_STOP_EOS;
         }
-        if (flags != MIG_RAM_PAGE && flags != MIG_RAM_ZERO) {
+        if (flags != MIG_RAM_PAGE && flags != MIG_RAM_ZERO && flags != MIG_RAM_XBZRLE) {
             return MIG_RAM_STOP_OTHER;
         }
-        body = flags == MIG_RAM_PAGE ? p->page_size : 1;
-        if (!(word & MIG_RAM_CONTINUE)) {
-            if (left < head + 1) {
-                return stop_more(p, head + 1);
-            }
-            head += 1 + (size_t)rec[MIG_RAM_WORD];
-            if (left < head) {
-                return stop_more(p, head);
-            }
-            block = find_block(p, rec + MIG_RAM_WORD + 1, rec[MIG_RAM_WORD]);
-            if (block < 0) {
-                return stop_error(p, -1, (int)block);
-            }
-            if (p->npages && block != p->current) {
-                return MIG_RAM_STOP_SWITCH;
-            }
-        } else if (block < 0) {
-            return stop_error(p, -1, MIG_E_RAM_NO_BLOCK);
+        block = read_block(p, rec, left, &head);
+        if (p->need) {
+            return MIG_RAM_STOP_MORE;
         }
-        page = (word & ~mask) / p->page_size;
+        if (block < 0) {
+            return stop_error(p, -1, block == -1 ? MIG_E_RAM_NO_BLOCK : (int)block);
+        }
+        if (p->npages && block != p->current) {
+            return MIG_RAM_STOP_SWITCH;
+        }
+        page = (p->word & ~mask) / p->page_size;
         if (page >= p->blocks[block].npages) {
             return stop_error(p, block, MIG_E_RAM_BAD_OFFSET);
         }
-        if (left < head + body) {
-            return stop_more(p, head + body);
+        rc = read_fields(p, flags, rec + head, left - head, &nfields, &nbytes);
+        if (rc < 0) {
+            return stop_error(p, block, rc);
+        }
+        if (rc || left - head - nfields < nbytes) {
+            return stop_more(p, head + nfields + (rc ? 0 : nbytes));
         }
         p->current = block;
-        p->page[p->npages] = page;
-        p->src[p->npages] = flags == MIG_RAM_PAGE ? (int64_t)(p->consumed + head)
-                                                  : -1 - (int64_t)rec[head];
-        p->npages++;
-        p->nfill += flags == MIG_RAM_ZERO;
-        p->consumed += head + body;
+        take(p, page, flags, rec, head + nfields, nbytes);
     }
-}
-
-/* Whether the page holds the fill byte already. */
-static bool is_filled(const struct mig_kernels *k, const uint8_t *page, size_t page_size, int fill)
-{
-    return fill == 0 && k->is_zero(page, page_size);
-}
-
-void mig_ram_place(const struct mig_kernels *k, const struct mig_pages *pages, uint64_t *received,
-                   bool fresh, const uint8_t *buf, const uint64_t *index, const int64_t *src,
-                   size_t n)
-{
-    for (size_t i = 0; i < n; i++) {
-        uint8_t *page = pages->base + index[i] * pages->page_size;
-        int fill = (int)(-1 - src[i]);
-
-        if (src[i] >= 0) {
-            memcpy(page, buf + src[i], pages->page_size);
-        } else if (fill != 0 || !fresh || mig_bitmap_test(received, index[i])) {
-            if (!is_filled(k, page, pages->page_size, fill)) {
-                memset(page, fill, pages->page_size);
-            }
-        }
-        /* channels of multifd set bits of the same words */
-        mig_bitmap_set_atomic(received, index[i], 1);
-    }
-}
-
-size_t mig_ram_index(int64_t *where, int64_t start, const uint64_t *index, const int64_t *src,
-                     size_t n)
-{
-    size_t odd = 0;
-
-    for (size_t i = 0; i < n; i++) {
-        where[index[i]] = src[i] < 0 ? MIG_PAGE_ZERO : start + src[i];
-        odd += src[i] < -1;
-    }
-    return odd;
 }

@@ -22,9 +22,9 @@ from cpython.buffer cimport (
     PyObject_GetBuffer,
 )
 from libc.errno cimport errno
-from libc.stdint cimport UINT64_MAX, int32_t, int64_t, uint8_t, uint32_t, uint64_t
+from libc.stdint cimport UINT64_MAX, int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc
-from libc.string cimport memcpy
+from libc.string cimport memcpy, memset
 
 from mig._csrc cimport *
 
@@ -35,13 +35,24 @@ from mig.errors import (
 
 
 class RamRecordError(MigError):
-    """A RAM record that cannot be: the loader adds offset and section."""
+    """A RAM record that cannot be: the loader adds offset and section.
+
+    capability: the feature that it belongs to, where that is not supported; else None
+    """
+
+    def __init__(self, message, *, capability=None):
+        super().__init__(message)
+        self.capability = capability
 
 
 cdef dict _RAM_ERRORS = {
     MIG_E_RAM_NO_BLOCK: "record says CONTINUE before any block was named",
     MIG_E_RAM_UNKNOWN_BLOCK: "record names a block that the block list does not have",
     MIG_E_RAM_BAD_OFFSET: "page lies outside its block",
+    MIG_E_RAM_BAD_CODING: "XBZRLE record of an unknown encoding",
+    MIG_E_RAM_BAD_LENGTH: "coded page of more bytes than it can have",
+    MIG_E_RAM_BAD_FILL: "page filled with a byte that is not 0: only sources older than QEMU 2.0 "
+                        "send these",
 }
 
 

@@ -14,22 +14,38 @@ cdef extern from "multifd.h" nogil:
         MIG_CODEC_NONE
         MIG_CODEC_ZLIB
         MIG_CODEC_ZSTD
+        MIG_CODEC_ADAPTIVE
 
     int MIG_E_CODEC_DATA, MIG_E_CODEC_SHORT, MIG_E_CODEC_LONG
     int MIG_E_MFD_MAGIC, MIG_E_MFD_VERSION, MIG_E_MFD_PAGES, MIG_E_MFD_NAME, MIG_E_MFD_OFFSET
     int MIG_E_MFD_SIZE, MIG_E_MFD_CODEC, MIG_E_MFD_CUT
+
+    enum:
+        MIG_METHOD_RAW
+        MIG_METHOD_DELTA
+        MIG_METHOD_ZSTD
+
+    struct mig_adaptive:
+        bint caching, last_stage
+        uint64_t generation
+        double link
+        uint64_t *npages
+        uint64_t nsame
+
+    int mig_adaptive_open(mig_adaptive *a, size_t nslots, size_t page_size)
 
     struct mig_mfd_sender:
         mig_codec codec
         int level
         bint zero_copy
         uint8_t *uuid
+        mig_adaptive adaptive
         uint64_t nbytes, nnormal, nzero, copied
 
     int mig_mfd_sender_open(mig_mfd_sender *s, unsigned nchannels, size_t page_size)
     void mig_mfd_sender_close(mig_mfd_sender *s)
-    int mig_mfd_send(mig_mfd_sender *s, const mig_pages *pages, const char *name, size_t name_len,
-                     const uint64_t *index, size_t n, bint scan)
+    int mig_mfd_send(mig_mfd_sender *s, const mig_pages *pages, uint64_t address, const char *name,
+                     size_t name_len, const uint64_t *index, size_t n, bint scan)
     int mig_mfd_drain(mig_mfd_sender *s)
     int mig_mfd_sync(mig_mfd_sender *s)
     void mig_mfd_finish(mig_mfd_sender *s)
@@ -38,7 +54,6 @@ cdef extern from "multifd.h" nogil:
                              const mig_fd *fd)
 
     struct mig_mfd_block:
-        mig_ram_block ram
         const mig_pages *pages
         uint64_t *received
         bint fresh
@@ -46,6 +61,7 @@ cdef extern from "multifd.h" nogil:
 
     struct mig_mfd_receiver:
         mig_codec codec
+        const mig_ram_block *ram_blocks
         const mig_mfd_block *blocks
         size_t nblocks
         mig_pagelog *log
@@ -72,7 +88,12 @@ MULTIFD = {
     "MAX_CHANNELS": MIG_MFD_MAX_CHANNELS,
 }
 
-cdef dict _CODECS = {"none": MIG_CODEC_NONE, "zlib": MIG_CODEC_ZLIB, "zstd": MIG_CODEC_ZSTD}
+cdef dict _CODECS = {
+    "none": MIG_CODEC_NONE,
+    "zlib": MIG_CODEC_ZLIB,
+    "zstd": MIG_CODEC_ZSTD,
+    "adaptive": MIG_CODEC_ADAPTIVE,
+}
 
 cdef dict _PACKET_ERRORS = {
     MIG_E_MFD_MAGIC: "no multifd packet starts here",
@@ -83,6 +104,9 @@ cdef dict _PACKET_ERRORS = {
     MIG_E_MFD_SIZE: "multifd packet whose length of data does not fit its pages",
     MIG_E_MFD_CODEC: "multifd packet is not compressed as parameter multifd-compression says",
     MIG_E_MFD_CUT: "connection ends inside a multifd packet",
+    MIG_E_XBZRLE_TRUNCATED: "a difference in a multifd packet ends within a run",
+    MIG_E_XBZRLE_LENGTH: "a difference in a multifd packet has a run of a length that cannot be",
+    MIG_E_XBZRLE_PAST_PAGE: "a difference in a multifd packet goes past its page",
     MIG_E_CODEC_DATA: "compressed data of a multifd packet are damaged",
     MIG_E_CODEC_SHORT: "compressed data of a multifd packet end before its pages",
     MIG_E_CODEC_LONG: "compressed data of a multifd packet hold more than its pages",
@@ -125,7 +149,8 @@ cdef unsigned check_lane_count(int n) except 0:
 cdef class MultifdSender:
     """Packets of pages, put into one queue and sent by whichever channel is free.
 
-    compression: "none", "zlib" or "zstd", with its level
+    compression: "none", "zlib", "zstd" or "adaptive", with its level (adaptive: zstd's)
+    cache_size:  bytes of the cache of pages sent before, for "adaptive"; 0: no differences
     uuid:        16 bytes
     zero_copy:   have the kernel read the pages from where they are (TCP)
 
@@ -137,7 +162,10 @@ cdef class MultifdSender:
     cdef size_t page_size
 
     def __cinit__(self, int nchannels, size_t page_size, *, str compression="none", int level=0,
-                  bytes uuid=bytes(16), bint zero_copy=False):
+                  size_t cache_size=0, bytes uuid=bytes(16), bint zero_copy=False):
+        cdef size_t nslots = cache_size // page_size
+        if nslots & (nslots - 1):
+            raise ValueError(f"cache size {cache_size} is not a power of two of pages")
         if len(uuid) != 16:
             raise ValueError("a UUID has 16 bytes")
         self.nchannels = check_lane_count(nchannels)
@@ -146,15 +174,20 @@ cdef class MultifdSender:
         self.c.codec = _CODECS[compression]
         self.c.level = level
         self.c.zero_copy = zero_copy
+        if self.c.codec == MIG_CODEC_ADAPTIVE:
+            # a difference has no more bytes than its be16 can say
+            check(mig_adaptive_open(&self.c.adaptive, nslots if page_size <= 1 << 16 else 0,
+                                    page_size))
         memcpy(self.c.uuid, <const char *>uuid, 16)
 
     def __dealloc__(self):
         mig_mfd_sender_close(&self.c)
 
     def send(self, Pages pages not None, bytes name not None, const uint64_t[::1] index not None,
-             bint scan):
+             bint scan, uint64_t address=0):
         """Queue pages index[...] of the block; the pages must stay until the next `sync`.
 
+        address: of the block, in the space that the cache of differences is addressed by
         scan: look for zero pages in the channels; pages without storage are always zero
         """
         cdef size_t n = <size_t>index.shape[0], name_len = <size_t>len(name)
@@ -168,7 +201,8 @@ cdef class MultifdSender:
             return
         pages.check_indexes(&index[0], n)
         with nogil:
-            rc = mig_mfd_send(&self.c, &pages.c, name_ptr, name_len, &index[0], n, scan)
+            rc = mig_mfd_send(&self.c, &pages.c, address, name_ptr, name_len, &index[0], n,
+                              scan)
         check_lanes(rc)
 
     def drain(self):
@@ -184,6 +218,26 @@ cdef class MultifdSender:
         with nogil:
             rc = mig_mfd_sync(&self.c)
         check_lanes(rc)
+
+    def adapt(self, *, uint64_t generation, bint caching, bint last_stage, double link):
+        """What "adaptive" chooses by, from the next page on. Nothing may be queued.
+
+        generation: number of the bitmap sync
+        caching:    pages are kept, for differences to them
+        last_stage: the guest stands still: what is kept stays as it is
+        link:       bytes per second that one channel may send, 0: as many as it can
+        """
+        self.c.adaptive.generation = generation
+        self.c.adaptive.caching = caching
+        self.c.adaptive.last_stage = last_stage
+        self.c.adaptive.link = link
+
+    @property
+    def methods(self):
+        """Pages that "adaptive" has sent raw, as differences, by zstd; and those unchanged."""
+        cdef mig_adaptive *a = &self.c.adaptive
+        return (a.npages[MIG_METHOD_RAW], a.npages[MIG_METHOD_DELTA], a.npages[MIG_METHOD_ZSTD],
+                a.nsame)
 
     def finish(self):
         """End the channels when all is sent."""
@@ -241,7 +295,6 @@ cdef class MultifdReceiver:
     cdef set refused
 
     def __cinit__(self, RamParser parser not None, int nchannels, *, str compression="none"):
-        cdef size_t i
         self.parser = parser
         self.kept = []
         self.refused = set()
@@ -249,10 +302,9 @@ cdef class MultifdReceiver:
         self.blocks = <mig_mfd_block *>calloc(parser.c.nblocks or 1, sizeof(mig_mfd_block))
         if self.blocks == NULL:
             raise MemoryError
-        for i in range(parser.c.nblocks):
-            self.blocks[i].ram = parser.table[i]
         check(mig_mfd_receiver_open(&self.c, self.nchannels, parser.c.page_size))
         self.c.codec = _CODECS[compression]
+        self.c.ram_blocks = parser.table
         self.c.blocks = self.blocks
         self.c.nblocks = parser.c.nblocks
 
@@ -266,8 +318,8 @@ cdef class MultifdReceiver:
             raise IndexError(f"block {block} of {self.c.nblocks}")
         if (not pages.writable or pages.c.where != NULL
                 or pages.c.page_size != self.parser.c.page_size
-                or pages.c.npages < self.blocks[block].ram.npages
-                or received.nbits < self.blocks[block].ram.npages):
+                or pages.c.npages < self.parser.table[block].npages
+                or received.nbits < self.parser.table[block].npages):
             raise ValueError("memory does not fit the block")
         self.kept.append((pages, received))
         self.blocks[block].pages = &pages.c

@@ -65,10 +65,64 @@ cdef class OutQueue:
         self.refs.append(pages)
         return done
 
+    def encode_deltas(self, XbzrleCache cache not None, Pages pages not None, bytes name,
+                      const uint64_t[::1] index not None, size_t first=0, Bitmap zero=None, *,
+                      uint64_t address, uint64_t generation, bint last_stage=False):
+        """``encode``, with pages that are in ``cache`` as their difference; see XbzrleCache.encode.
+
+        address, generation, last_stage: as there
+
+        A page that has not changed makes no record: the name may still be wanted after a batch.
+        Cached copies are sent by reference, so the cache is bound to this queue until it is
+        empty, and a page whose slot is on its way out does not fit.
+        """
+        cdef size_t n = <size_t>index.shape[0], done
+        cdef size_t name_len = 0 if name is None else <size_t>len(name)
+        cdef const char *name_ptr = NULL
+        cdef const uint64_t *zero_words = NULL
+        cdef const uint64_t *numbers
+        cdef mig_delta d
+        if first >= n:
+            return n
+        if name is not None:
+            if name_len > MIG_RAM_MAX_NAME:
+                raise ValueError(f"block name of {name_len} bytes")
+            name_ptr = <const char *>name
+        if zero is not None:
+            if zero.nbits < n:
+                raise ValueError("zero has fewer bits than index has pages")
+            zero_words = zero.words
+        if mig_delta_room(cache.c.page_size) > self.c.arena_size:
+            raise ValueError(f"an arena of {self.c.arena_size} bytes has no room for a page")
+        cache.bind(<size_t><void *>self)
+        cache.check_source(pages, index, address)
+        if pages.c.page_size < 128:
+            raise ValueError("XBZRLE records need pages of 128 bytes at least")
+        cache.pins += 1
+        self.refs.append(cache)
+        pages.pins += 1
+        self.refs.append(pages)
+        memset(&d, 0, sizeof(d))
+        d.kernels = cache.k
+        d.cache = &cache.c
+        d.address = address
+        d.generation = generation
+        d.last_stage = last_stage
+        numbers = &index[0]
+        cache.busy = True
+        with nogil:
+            done = mig_delta_encode(&self.c, &d, &pages.c, name_ptr, name_len, numbers, first, n,
+                                    zero_words)
+        cache.busy = False
+        cache.add(&d)
+        return done
+
     def clear(self):
-        cdef Pages pages
-        for pages in self.refs:
-            pages.pins -= 1
+        for ref in self.refs:
+            if isinstance(ref, Pages):
+                (<Pages>ref).pins -= 1
+            else:
+                (<XbzrleCache>ref).unbind()
         self.refs.clear()
         self.c.niov = 0
         self.c.used = 0

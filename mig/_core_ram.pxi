@@ -14,12 +14,13 @@ RAM_FLAGS = {
     "PAGE": MIG_RAM_PAGE,
     "EOS": MIG_RAM_EOS,
     "CONTINUE": MIG_RAM_CONTINUE,
+    "XBZRLE": MIG_RAM_XBZRLE,
 }
 
 
 @cython.final
 cdef class RamParser:
-    """Parses bursts of PAGE and ZERO records.
+    """Parses bursts of page records: PAGE, ZERO and XBZRLE.
 
     blocks: (name, number of pages) in the order of their numbers
     capacity: most records of one burst
@@ -38,7 +39,10 @@ cdef class RamParser:
         self.table = <mig_ram_block *>calloc(len(self.names) or 1, sizeof(mig_ram_block))
         self.c.page = <uint64_t *>malloc(capacity * sizeof(uint64_t))
         self.c.src = <int64_t *>malloc(capacity * sizeof(int64_t))
-        if self.table == NULL or self.c.page == NULL or self.c.src == NULL:
+        self.c.length = <uint32_t *>malloc(capacity * sizeof(uint32_t))
+        self.c.kind = <uint16_t *>malloc(capacity * sizeof(uint16_t))
+        if (self.table == NULL or self.c.page == NULL or self.c.src == NULL
+                or self.c.length == NULL or self.c.kind == NULL):
             raise MemoryError
         for i, (_, npages) in enumerate(blocks):
             if len(self.names[i]) > MIG_RAM_MAX_NAME:
@@ -56,6 +60,8 @@ cdef class RamParser:
         free(self.table)
         free(self.c.page)
         free(self.c.src)
+        free(self.c.length)
+        free(self.c.kind)
 
     def parse(self, data, size_t start, size_t end):
         """Parses data[start:end] up to the next STOP_*; see the properties for the results."""
@@ -85,6 +91,11 @@ cdef class RamParser:
         return self.c.nfill
 
     @property
+    def nxbzrle(self):
+        """How many of the parsed pages are differences."""
+        return self.c.nxbzrle
+
+    @property
     def consumed(self):
         return self.c.consumed
 
@@ -108,11 +119,36 @@ cdef class RamParser:
         """The last burst as [(page index, source)]; for tests and tools."""
         return [(self.c.page[i], self.c.src[i]) for i in range(self.c.npages)]
 
+    def kinds(self):
+        """The last burst as [(flag, length of the bytes at source)]; for tests and tools."""
+        return [(self.c.kind[i], self.c.length[i]) for i in range(self.c.npages)]
+
+    def wrong_offset(self, data, size_t start):
+        """Where the record begins, in the last burst, at which what became of it went wrong."""
+        cdef Py_buffer view
+        PyObject_GetBuffer(data, &view, PyBUF_CONTIG_RO)
+        try:
+            self.check_last(&view, start)
+            return mig_ram_record_offset(&self.c, <const uint8_t *>view.buf + start,
+                                         min(self.c.wrong, self.c.npages))
+        finally:
+            PyBuffer_Release(&view)
+
+    cdef int check_record(self, int rc) except -1:
+        """``check`` for what one record of a burst has led to."""
+        if rc == MIG_E_RAM_CODED:
+            raise RamRecordError("RAM record XBZRLE is not supported here", capability="xbzrle")
+        if rc in _XBZRLE_ERRORS:
+            raise RamRecordError(f"XBZRLE page: {_XBZRLE_ERRORS[rc]}")
+        check(rc)
+        return 0
+
     def place(self, data, size_t start, Pages pages not None, Bitmap received not None,
               bint fresh):
         """Copies the last burst's pages into memory and sets their bits in ``received``."""
         cdef Py_buffer view
         cdef const mig_kernels *k = (<Kernels>KERNELS).k
+        cdef int rc
         if self.c.npages == 0:
             return
         if (not pages.writable or pages.c.where != NULL
@@ -125,10 +161,10 @@ cdef class RamParser:
             self.check_last(&view, start)
             pages.pins += 1
             with nogil:
-                mig_ram_place(k, &pages.c, received.words, fresh,
-                              <const uint8_t *>view.buf + start, self.c.page, self.c.src,
-                              self.c.npages)
+                rc = mig_ram_place(k, &self.c, &pages.c, received.words, fresh,
+                                   <const uint8_t *>view.buf + start)
             pages.pins -= 1
+            self.check_record(rc)
         finally:
             PyBuffer_Release(&view)
 
@@ -138,9 +174,7 @@ cdef class RamParser:
             return
         if <uint64_t>where.shape[0] < self.table[self.c.current].npages:
             raise ValueError("where is shorter than the block")
-        if mig_ram_index(&where[0], offset, self.c.page, self.c.src, self.c.npages):
-            raise RamRecordError("page filled with a byte that is not 0: only sources older than "
-                                 "QEMU 2.0 send these")
+        self.check_record(mig_ram_index(&self.c, &where[0], offset))
 
 
 @cython.final
@@ -156,6 +190,7 @@ cdef class PageLog:
     cdef int64_t **where
     cdef uint8_t *zeros
     cdef pthread_mutex_t lock  # held while pages are put: channels of multifd do so, too
+    cdef uint8_t *scratch
 
     def __cinit__(self, int fd, RamParser parser not None, *, int direct_fd=-1):
         cdef size_t i
@@ -166,9 +201,12 @@ cdef class PageLog:
         self.c.page_size = parser.c.page_size
         self.zeros = <uint8_t *>calloc(1, parser.c.page_size)
         self.where = <int64_t **>calloc(parser.c.nblocks or 1, sizeof(int64_t *))
-        if self.zeros == NULL or self.where == NULL:
+        self.scratch = <uint8_t *>malloc(parser.c.page_size)
+        if self.zeros == NULL or self.where == NULL or self.scratch == NULL:
             raise MemoryError
         self.c.zeros = self.zeros
+        self.c.scratch = self.scratch
+        self.c.kernels = (<Kernels>KERNELS).k
         check(mig_appender_open(&self.c.file, fd, direct_fd))
         for i in range(parser.c.nblocks):
             npages = parser.table[i].npages
@@ -185,6 +223,7 @@ cdef class PageLog:
                 free(self.where[i])
         free(self.where)
         free(self.zeros)
+        free(self.scratch)
 
     @property
     def tail(self):
@@ -208,14 +247,10 @@ cdef class PageLog:
             self.parser.check_last(&view, start)
             with nogil:
                 pthread_mutex_lock(&self.lock)
-                rc = mig_pagelog_put(&self.c, p.current, &p.blocks[p.current],
-                                     self.where[p.current], <const uint8_t *>view.buf + start,
-                                     p.page, p.src, p.npages)
+                rc = mig_pagelog_put(&self.c, p, self.where[p.current],
+                                     <const uint8_t *>view.buf + start)
                 pthread_mutex_unlock(&self.lock)
-            if rc == -_errno.EINVAL:
-                raise RamRecordError("page filled with a byte that is not 0: only sources older "
-                                     "than QEMU 2.0 send these")
-            check(rc)
+            self.parser.check_record(rc)
         finally:
             PyBuffer_Release(&view)
 

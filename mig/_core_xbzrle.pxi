@@ -140,8 +140,13 @@ cdef class XbzrleCache:
     page_size: bytes, a power of two from 64 to 65536
     kernels:   the family of C kernels to use; the default one when None
 
-    Counters of ``encode``: hits, misses; of the hits: unchanged, overflows, encoded_pages with
-    encoded_bytes. They go on over ``resize``.
+    Counters of ``encode`` and ``OutQueue.encode_deltas``: hits, misses; of the hits: unchanged,
+    overflows, encoded_pages with encoded_bytes. Of ``encode_deltas`` only: refused (of the misses),
+    zeros, and record_bytes: as QEMU counts them, of XBZRLE records without their words, and
+    a page for each overflow. They go on over ``resize``.
+
+    While an OutQueue holds pages of the cache the cache is bound to it: BufferError then from all
+    that changes pages.
 
     Memory is taken as pages are inserted, where the host has huge pages 2 MiB at a time.
     ValueError: sizes that cannot be. MemoryError: the memory cannot be had. One thread at a time;
@@ -150,12 +155,17 @@ cdef class XbzrleCache:
     cdef mig_cache c
     cdef const mig_kernels *k
     cdef bint busy
+    cdef size_t pins
+    cdef size_t queue
     cdef readonly uint64_t hits
     cdef readonly uint64_t misses
     cdef readonly uint64_t overflows
     cdef readonly uint64_t unchanged
     cdef readonly uint64_t encoded_pages
     cdef readonly uint64_t encoded_bytes
+    cdef readonly uint64_t record_bytes
+    cdef readonly uint64_t refused
+    cdef readonly uint64_t zeros
 
     def __cinit__(self, nbytes, size_t page_size=4096, *, Kernels kernels=None):
         if page_size < 64 or page_size > MIG_XBZRLE_MAX_PAGE or page_size & (page_size - 1):
@@ -212,9 +222,41 @@ cdef class XbzrleCache:
             raise ValueError(f"address {address:#x} is not a multiple of the page size")
         return 0
 
+    cdef int check_unbound(self) except -1:
+        self.check_idle()
+        if self.pins:
+            raise BufferError("pages of the cache are on their way out")
+        return 0
+
+    cdef int bind(self, size_t queue) except -1:
+        """Pages are about to be put into the queue at that address."""
+        self.check_idle()
+        if self.pins and self.queue != queue:
+            raise BufferError("pages of the cache are on their way out in another queue")
+        self.queue = queue
+        return 0
+
+    cdef void unbind(self):
+        """The queue has let go of the pages that one call has put into it."""
+        self.pins -= 1
+        if self.pins == 0:
+            self.c.epoch += 1
+
+    cdef void add(self, mig_delta *d):
+        """Counts what a batch has led to."""
+        self.misses += d.missed + d.refused
+        self.refused += d.refused
+        self.hits += d.unchanged + d.overflows + d.encoded
+        self.unchanged += d.unchanged
+        self.overflows += d.overflows
+        self.encoded_pages += d.encoded
+        self.encoded_bytes += d.encoded_bytes
+        self.record_bytes += d.record_bytes
+        self.zeros += d.zero
+
     def resize(self, nbytes):
         """Change the size, which throws the contents away; on any error nothing has changed."""
-        self.check_idle()
+        self.check_unbound()
         self.open(nbytes)
 
     def lookup(self, uint64_t address, uint64_t generation):
@@ -225,6 +267,7 @@ cdef class XbzrleCache:
     def insert(self, uint64_t address, page, uint64_t generation):
         """Put a page (None: zeros) into the cache; False when another page keeps the slot."""
         cdef const uint8_t[::1] data
+        self.check_unbound()
         self.check_address(address)
         if page is None:
             return mig_cache_insert(&self.c, address, NULL, generation) != NULL
@@ -244,15 +287,28 @@ cdef class XbzrleCache:
 
     cdef Pages check_pages(self, pages, const uint64_t[::1] index, uint64_t address):
         """The Pages object behind any buffer, whose pages index[...] exist."""
-        self.check_address(address)
         cdef Pages found = pages if isinstance(pages, Pages) else Pages(pages, self.c.page_size)
+        self.check_unbound()
+        self.check_numbers(found, index, address)
+        return found
+
+    cdef int check_numbers(self, Pages found, const uint64_t[::1] index,
+                           uint64_t address) except -1:
+        self.check_address(address)
         if found.c.page_size != self.c.page_size:
             raise ValueError(f"pages of {found.c.page_size} bytes, a cache of {self.c.page_size}")
         if found.c.npages and address > UINT64_MAX - found.c.npages * found.c.page_size + 1:
             raise ValueError(f"a block at {address:#x} goes past the end of the address space")
         if index.shape[0]:
             found.check_indexes(&index[0], <size_t>index.shape[0])
-        return found
+        return 0
+
+    cdef int check_source(self, Pages found, const uint64_t[::1] index,
+                          uint64_t address) except -1:
+        self.check_numbers(found, index, address)
+        if found.c.where != NULL:
+            raise ValueError("pages of a file do not change")
+        return 0
 
     def insert_pages(self, pages, index, uint64_t generation, *, uint64_t address=0):
         """``insert`` pages index[...] of a block that starts at ``address``; how many were."""

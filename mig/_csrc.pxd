@@ -1,5 +1,5 @@
 # cython: language_level=3
-from libc.stdint cimport int32_t, int64_t, uint8_t, uint64_t
+from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 
 
 cdef extern from "<sys/uio.h>" nogil:
@@ -28,6 +28,10 @@ cdef extern from "mig.h" nogil:
         MIG_E_RAM_NO_BLOCK
         MIG_E_RAM_UNKNOWN_BLOCK
         MIG_E_RAM_BAD_OFFSET
+        MIG_E_RAM_BAD_CODING
+        MIG_E_RAM_BAD_LENGTH
+        MIG_E_RAM_BAD_FILL
+        MIG_E_RAM_CODED
         MIG_E_XBZRLE_TRUNCATED
         MIG_E_XBZRLE_LENGTH
         MIG_E_XBZRLE_PAST_PAGE
@@ -110,6 +114,7 @@ cdef extern from "mig.h" nogil:
         size_t stride
         unsigned page_shift
         size_t used
+        uint64_t epoch
 
     int mig_cache_open(mig_cache *c, size_t nslots, size_t page_size)
     void mig_cache_close(mig_cache *c)
@@ -138,6 +143,7 @@ cdef extern from "mig.h" nogil:
         MIG_RAM_PAGE
         MIG_RAM_EOS
         MIG_RAM_CONTINUE
+        MIG_RAM_XBZRLE
         MIG_RAM_MAX_NAME
         MIG_RAM_STOP_MORE
         MIG_RAM_STOP_FULL
@@ -161,19 +167,43 @@ cdef extern from "mig.h" nogil:
         int64_t current
         uint64_t *page
         int64_t *src
+        uint32_t *length
+        uint16_t *kind
         size_t capacity
         size_t npages
         size_t nfill
+        size_t nxbzrle
         size_t consumed
         size_t need
+        size_t wrong
         uint64_t word
 
     int mig_ram_parse(mig_ram_parser *p, const uint8_t *buf, size_t n)
-    void mig_ram_place(const mig_kernels *k, const mig_pages *pages, uint64_t *received,
-                       bint fresh, const uint8_t *buf, const uint64_t *index,
-                       const int64_t *src, size_t n)
-    size_t mig_ram_index(int64_t *where, int64_t start, const uint64_t *index,
-                         const int64_t *src, size_t n)
+
+    struct mig_delta:
+        const mig_kernels *kernels
+        mig_cache *cache
+        uint64_t address
+        uint64_t generation
+        bint last_stage
+        uint64_t zero
+        uint64_t missed
+        uint64_t refused
+        uint64_t unchanged
+        uint64_t overflows
+        uint64_t encoded
+        uint64_t encoded_bytes
+        uint64_t record_bytes
+
+    size_t mig_delta_room(size_t page_size)
+    size_t mig_delta_encode(mig_out *out, mig_delta *d, const mig_pages *pages, const char *name,
+                            size_t name_len, const uint64_t *index, size_t first, size_t n,
+                            const uint64_t *zero)
+
+    int mig_ram_place(const mig_kernels *k, mig_ram_parser *p, const mig_pages *pages,
+                      uint64_t *received, bint fresh, const uint8_t *buf)
+    int mig_ram_index(mig_ram_parser *p, int64_t *where, int64_t start)
+    size_t mig_ram_record_offset(const mig_ram_parser *p, const uint8_t *buf, size_t i)
 
     struct mig_appender:
         pass
@@ -189,10 +219,10 @@ cdef extern from "mig.h" nogil:
         int64_t current
         size_t page_size
         const uint8_t *zeros
+        uint8_t *scratch
+        const mig_kernels *kernels
 
-    int mig_pagelog_put(mig_pagelog *log, int64_t number, const mig_ram_block *block,
-                        int64_t *where, const uint8_t *buf, const uint64_t *index,
-                        const int64_t *src, size_t n)
+    int mig_pagelog_put(mig_pagelog *log, mig_ram_parser *p, int64_t *where, const uint8_t *buf)
     int mig_pagelog_zeros(mig_pagelog *log, int64_t number, const mig_ram_block *block,
                           const int64_t *where)
 

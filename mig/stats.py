@@ -20,16 +20,24 @@ class RamCounters:
     total:   bytes of RAM in the block list; a source leaves out the blocks that it does not send
     normal:  PAGE records
     fill:    ZERO records (QEMU's ``duplicate``)
+    xbzrle:  XBZRLE records
     """
 
     total: int = 0
     normal: int = 0
     fill: int = 0
+    xbzrle: int = 0
 
-    def add(self, npages: int, nfill: int) -> None:
-        """Count ``npages`` records, ``nfill`` of them ZERO."""
-        self.normal += npages - nfill
+    @property
+    def records(self) -> int:
+        """Records of pages, of every kind."""
+        return self.normal + self.fill + self.xbzrle
+
+    def add(self, npages: int, nfill: int, nxbzrle: int = 0) -> None:
+        """Count ``npages`` records, ``nfill`` of them ZERO and ``nxbzrle`` XBZRLE."""
+        self.normal += npages - nfill - nxbzrle
         self.fill += nfill
+        self.xbzrle += nxbzrle
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,12 +112,16 @@ class XbzrleStats:
     """Statistics of XBZRLE (XBZRLECacheStats).
 
     cache_size:      bytes of the cache
-    nbytes:          bytes sent as differences (QMP's bytes)
-    npages:          pages sent as differences (QMP's pages)
+    nbytes:          bytes of XBZRLE records without their words, and a page for each overflow
+                     (QMP's bytes)
+    npages:          pages that were in the cache, also those that overflowed or had not changed
+                     (QMP's pages)
     cache_miss:      pages that were not in the cache
     cache_miss_rate: their share of the pages sent lately
-    encoding_rate:   bytes of pages for each byte of differences, lately
+    encoding_rate:   bytes of pages for each of ``nbytes``, lately
     overflow:        pages whose difference was longer than they are
+
+    Lately: in the last period of a second or more that ended with a sync of the dirty bitmap.
     """
 
     cache_size: int
@@ -131,6 +143,20 @@ class XbzrleStats:
             "encoding-rate": self.encoding_rate,
             "overflow": self.overflow,
         }
+
+
+@dataclass(frozen=True, slots=True)
+class AdaptiveStats:
+    """How pages went with multifd-compression adaptive, in pages (QEMU has no such thing).
+
+    raw: as they are; delta: as the difference to what was sent of them before; zstd: compressed;
+    unchanged: not at all, since they are as they were sent before
+    """
+
+    raw: int
+    delta: int
+    zstd: int
+    unchanged: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,6 +216,7 @@ class MigrationInfo:
     expected_downtime:       seconds that the guest would stand still if it stopped now
     cpu_throttle_percentage: of the time is taken from the guest, None when nothing is
     xbzrle_cache:            statistics of XBZRLE, None when it is off
+    adaptive:                how pages went, None unless multifd-compression is adaptive
     vfio_transferred:        bytes of VFIO devices, None when there are none
     blocked_reasons:         why the guest cannot be migrated
     postcopy_blocktime:      seconds that all vCPUs together waited for pages
@@ -209,6 +236,7 @@ class MigrationInfo:
     expected_downtime: float | None = None
     cpu_throttle_percentage: int | None = None
     xbzrle_cache: XbzrleStats | None = None
+    adaptive: AdaptiveStats | None = None
     vfio_transferred: int | None = None
     blocked_reasons: tuple[str, ...] = ()
     postcopy_blocktime: float | None = None

@@ -96,6 +96,12 @@ RETURN_LENGTH: Final[dict[ReturnType, int | None]] = {
 PING_SETUP: Final = 1
 
 
+#: PING of a source of mig's that asks whether the destination is one of mig's, too, and takes
+#: multifd-compression adaptive: then PONG with ADAPTIVE_READY comes before the answer to this
+PING_ADAPTIVE: Final = 0x4D494741
+ADAPTIVE_READY: Final = 0x4D494752
+
+
 class RamFlag(IntFlag):
     """Low bits of the word that starts a RAM record (RAM_SAVE_FLAG_*)."""
 

@@ -15,14 +15,21 @@ from mig.engine.migration import Migration
 from mig.errors import CancelledError, ChannelError, MigError, OptionError, UnsupportedError
 from mig.events import Event, Listening
 from mig.guest import DestinationGuest, LaneTarget
-from mig.options import INCOMING_CAPABILITIES, Capability, Options
+from mig.options import INCOMING_CAPABILITIES, Capability, MultiFDCompression, Options
 from mig.records import Command, ReturnMessage
 from mig.savevm.load import StreamLoader
 from mig.state import INCOMING, Input, Status, Table
 from mig.stats import InetAddress, RamStats, UnixAddress
 from mig.stream.reader import StreamReader
 from mig.stream.writer import StreamWriter
-from mig.wire import DEFAULT_PAGE_BITS, MULTIFD_MAGIC, CommandType, ReturnType
+from mig.wire import (
+    ADAPTIVE_READY,
+    DEFAULT_PAGE_BITS,
+    MULTIFD_MAGIC,
+    PING_ADAPTIVE,
+    CommandType,
+    ReturnType,
+)
 
 #: how long a connection beside the main one may take to say what it is (seconds)
 _EXTRA_PATIENCE = 5.0
@@ -164,7 +171,14 @@ class IncomingMigration(Migration):
         if command.type == CommandType.OPEN_RETURN_PATH:
             self._open_return_path()
         elif command.type == CommandType.PING:
+            if command.value == PING_ADAPTIVE and self._adapts:
+                self._say(ReturnMessage.pong(ADAPTIVE_READY))
             self._say(ReturnMessage.pong(command.value))
+
+    @property
+    def _adapts(self) -> bool:
+        compression = self.parameters.multifd_compression
+        return self._lanes is not None and compression == MultiFDCompression.ADAPTIVE
 
     def _open_return_path(self) -> None:
         assert self._channel is not None

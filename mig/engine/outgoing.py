@@ -18,7 +18,7 @@ from mig.channel import (
 )
 from mig.dirty import DirtyLog
 from mig.engine.blockers import Blockers, Moment, Notifier
-from mig.engine.convergence import Convergence, ConvergencePolicy, PolicyMaker
+from mig.engine.convergence import Convergence, ConvergencePolicy, Period, PolicyMaker
 from mig.engine.dirtylimit import DirtyLimit
 from mig.engine.migration import Migration
 from mig.engine.outlanes import OutgoingLanes, open_lanes
@@ -26,12 +26,27 @@ from mig.engine.precopy import Precopy
 from mig.engine.rate import RateLimit
 from mig.engine.returnpath import ReturnPath
 from mig.engine.unplug import Unplugging
-from mig.errors import CancelledError, ChannelError, IdleTimeoutError, MigError, OptionError
+from mig.errors import (
+    CancelledError,
+    ChannelError,
+    IdleTimeoutError,
+    MigError,
+    OptionError,
+    PeerError,
+)
 from mig.events import Event, PassStarted
 from mig.guest import SourceGuest, UnpluggingGuest
 from mig.multifd.dialect import dialect_of
 from mig.multifd.encode import MultifdEncoder
-from mig.options import OUTGOING_CAPABILITIES, Capability, MigMode, Options, ZeroPageDetection
+from mig.options import (
+    OUTGOING_CAPABILITIES,
+    Capability,
+    MigMode,
+    MultiFDCompression,
+    Options,
+    ZeroPageDetection,
+)
+from mig.ram.delta import DeltaEncoder
 from mig.ram.encode import PageEncoder, PlainEncoder, RecordWriter, ZeroFinder
 from mig.ram.save import RamSaver
 from mig.ram.search import PageSearch, SourceBlock
@@ -39,7 +54,7 @@ from mig.records import Command, FileHeader
 from mig.state import OUTGOING, Input, Status, Table
 from mig.stats import MigrationInfo, RamStats
 from mig.stream.writer import StreamWriter
-from mig.wire import PING_SETUP, CommandType
+from mig.wire import ADAPTIVE_READY, PING_ADAPTIVE, PING_SETUP, CommandType
 
 #: seconds in which a destination that has everything may still confirm when it is cancelled
 _LAST_CALL = 2.0
@@ -114,6 +129,8 @@ class OutgoingMigration(Migration):
         """
         if Capability.MULTIFD in self.capabilities:
             require_many_connections(uri)
+            if self._adapts and Capability.RETURN_PATH not in self.capabilities:
+                raise OptionError("multifd-compression adaptive needs capability 'return-path'")
         able = carries_return_path(parse_uri(uri))
         if Capability.RETURN_PATH in self.capabilities and not able:
             raise OptionError(f"capability 'return-path' is not possible over {uri}")
@@ -155,9 +172,10 @@ class OutgoingMigration(Migration):
         )
         if self._dirty_limit is not None:
             info = self._dirty_limit.report(info)
-        precopy = self._precopy
-        if precopy is None:
+        precopy, saver = self._precopy, self._saver
+        if precopy is None or saver is None:
             return info
+        info = saver.report(info)
         expected = precopy.expected_downtime
         return replace(
             info,
@@ -192,11 +210,12 @@ class OutgoingMigration(Migration):
             self._pinned.append(block)
         self._start_dirty_log()
         search = self._search = PageSearch(blocks, self._log, ignore_shared=self._ignores_shared)
-        encoder = self._make_encoder(writer, blocks)
+        self._send_start(channel, writer)
+        encoder = self._make_encoder(writer, search)
         saver = RamSaver(writer, search, encoder, self._guest.ram_section_id, self._counters)
         self._saver = saver
         saver.footers = self._guest.footers
-        self._send_setup(channel, writer, saver)
+        saver.start()
         self._become_active()
         precopy = self._precopy = self._prepare_precopy(search, saver)
         precopy.run()
@@ -204,16 +223,34 @@ class OutgoingMigration(Migration):
         self._complete(writer, saver, precopy)
         self._confirm(channel)
 
-    def _make_encoder(self, writer: StreamWriter, blocks: Sequence[SourceBlock]) -> PageEncoder:
+    def _make_encoder(self, writer: StreamWriter, search: PageSearch) -> PageEncoder:
         records, zeros = RecordWriter(writer), ZeroFinder(self._detects_zero)
-        if Capability.MULTIFD not in self.capabilities or not blocks:
-            return PlainEncoder(records, zeros, self._counters)
+        if Capability.MULTIFD in self.capabilities and search.listed:
+            return self._open_lanes(search, records, zeros)
+        plain = PlainEncoder(records, zeros, self._counters)
+        if Capability.XBZRLE not in self.capabilities:
+            return plain
+        return DeltaEncoder(
+            plain,
+            records,
+            zeros,
+            search,
+            self._counters,
+            cache_size=lambda: self.parameters.xbzrle_cache_size,
+            last_stage=lambda: self._stopped,
+        )
+
+    def _open_lanes(
+        self, search: PageSearch, records: RecordWriter, zeros: ZeroFinder
+    ) -> MultifdEncoder:
+        if self._adapts:
+            self._agree_to_adapt(records.writer)
         configuration = self._guest.configuration
         lanes = open_lanes(
             self._uri,
             self._cancel,
             self.parameters,
-            blocks[0].pages.page_size,
+            search.listed[0].pages.page_size,
             configuration.uuid.bytes if configuration and configuration.uuid else bytes(16),
             zero_copy=Capability.ZERO_COPY_SEND in self.capabilities,
             on_error=self._lane_failed,
@@ -228,7 +265,33 @@ class OutgoingMigration(Migration):
             self._counters,
             dialect_of(configuration.machine if configuration else None),
             lambda: self.parameters.zero_page_detection,
+            search.listed,
+            adaptive=self._adapts,
+            last_stage=lambda: self._stopped,
+            bandwidth=lambda: self.parameters.max_bandwidth / self.parameters.multifd_channels,
         )
+
+    @property
+    def _adapts(self) -> bool:
+        return self.parameters.multifd_compression == MultiFDCompression.ADAPTIVE
+
+    def _agree_to_adapt(self, writer: StreamWriter) -> None:
+        """Ask, in a way that every QEMU answers without harm, whether mig is at the other end."""
+        assert self._return_path is not None
+        writer.put(Command.ping(PING_ADAPTIVE).encode())
+        writer.flush()
+        self._return_path.wait_pong(PING_ADAPTIVE, self.parameters.timeout)
+        if ADAPTIVE_READY not in self._return_path.pongs:
+            raise PeerError(
+                "the destination does not take multifd-compression adaptive: it must be mig, with "
+                "the same parameter"
+            )
+
+    def _period_over(self, period: Period, guest_runs: bool) -> None:
+        if self._saver is not None:
+            self._saver.end_period()
+        if self._dirty_limit is not None and guest_runs:
+            self._dirty_limit.period_over(period)
 
     @property
     def _ignores_shared(self) -> bool:
@@ -267,7 +330,8 @@ class OutgoingMigration(Migration):
         if self._log is not None:
             self._log.start()
 
-    def _send_setup(self, channel: Channel, writer: StreamWriter, saver: RamSaver) -> None:
+    def _send_start(self, channel: Channel, writer: StreamWriter) -> None:
+        """Everything before RAM."""
         writer.put(FileHeader().encode())
         configuration = self._guest.configuration
         if configuration is not None:
@@ -280,7 +344,7 @@ class OutgoingMigration(Migration):
             self._return_path.start()
             writer.put(Command(CommandType.OPEN_RETURN_PATH).encode())
             writer.put(Command.ping(PING_SETUP).encode())
-        saver.start()
+        # a destination looks at this before it looks at channels that connect
         writer.flush()
 
     def _prepare_precopy(self, search: PageSearch, saver: RamSaver) -> Precopy:
@@ -292,7 +356,7 @@ class OutgoingMigration(Migration):
             throttle=self._guest.throttle,
             may_leave=self._may_switch_over,
             notify=self._notify,
-            on_period=self._dirty_limit.period_over if self._dirty_limit else lambda _: None,
+            on_period=self._period_over,
             on_pass=lambda number: self._emit(PassStarted(number)),
             sleep=self._sleep,
         )

@@ -74,9 +74,22 @@ class OutgoingLanes:
             self._failed.set()
             self._on_error(self._error)
 
-    def send(self, block: SourceBlock, index: PageIndex, *, scan: bool) -> None:
+    @property
+    def methods(self) -> tuple[int, int, int, int]:
+        """Pages that went raw, as differences, by zstd, and not at all (compression adaptive)."""
+        return self._sender.methods
+
+    def adapt(self, *, generation: int, caching: bool, last_stage: bool, link: float) -> None:
+        """Say what compression adaptive chooses by; see MultifdSender.adapt()."""
+        self._sender.adapt(generation=generation, caching=caching, last_stage=last_stage, link=link)
+
+    def send(self, block: SourceBlock, index: PageIndex, *, scan: bool, address: int) -> None:
         """Queue pages; they are read later, until the next sync."""
-        self._do(lambda: self._sender.send(block.pages, block.idstr.encode("ascii"), index, scan))
+        self._do(
+            lambda: self._sender.send(
+                block.pages, block.idstr.encode("ascii"), index, scan, address
+            )
+        )
 
     def drain(self) -> None:
         """Wait until all is sent."""
@@ -131,12 +144,14 @@ def open_lanes(
     level = {
         MultiFDCompression.ZLIB: parameters.multifd_zlib_level,
         MultiFDCompression.ZSTD: parameters.multifd_zstd_level,
+        MultiFDCompression.ADAPTIVE: parameters.multifd_zstd_level,
     }
     sender = _core.MultifdSender(
         parameters.multifd_channels,
         page_size,
         compression=str(parameters.multifd_compression),
         level=level.get(parameters.multifd_compression, 0),
+        cache_size=parameters.xbzrle_cache_size,
         uuid=uuid,
         zero_copy=zero_copy,
     )

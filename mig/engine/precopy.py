@@ -25,7 +25,7 @@ class Precopy:
     throttle:  slows the guest down to a percentage of its time
     may_leave: whether the destination agrees to the switchover
     notify:    told of each sync of the bitmap
-    on_period: told of each period of a second or more in which the guest runs
+    on_period: told of each period of a second or more that a sync ends, and whether the guest runs
     on_pass:   told the number of each pass over dirty memory, before it begins
     sleep:     waits so many seconds, or raises when the migration is cancelled
     """
@@ -40,7 +40,7 @@ class Precopy:
         throttle: Callable[[int], None],
         may_leave: Callable[[], bool],
         notify: Callable[[Moment], None],
-        on_period: Callable[[Period], None],
+        on_period: Callable[[Period, bool], None],
         on_pass: Callable[[int], None],
         sleep: Callable[[float], None],
     ) -> None:
@@ -98,9 +98,11 @@ class Precopy:
         self._notify(Moment.AFTER_BITMAP_SYNC)
         self._begin_pass()
         period = self._dirty_rate.synced(fresh, time.monotonic(), self._saver.nbytes)
-        if period is None or not guest_runs:
+        if period is None:
             return
-        self._on_period(period)
+        self._on_period(period, guest_runs)
+        if not guest_runs:
+            return
         percent = self._policy.throttle(period)
         if percent is not None and percent != self.throttle:
             self.throttle = percent

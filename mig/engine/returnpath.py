@@ -11,6 +11,9 @@ from mig.records import ReturnMessage
 from mig.stream.reader import StreamReader
 from mig.wire import ReturnType
 
+#: different values of PONGs that are remembered
+_MOST_PONGS = 64
+
 
 class ReturnPath:
     """Reads messages until SHUT.
@@ -27,6 +30,9 @@ class ReturnPath:
         self.may_confirm = False
         #: the destination has said that the switchover may come (capability switchover-ack)
         self.acked = False
+        #: values of PONGs so far
+        self.pongs: set[int] = set()
+        self._ponged = threading.Condition()
         self.error: MigError | None = None
         self._thread = threading.Thread(target=self._run, name="mig-return-path", daemon=True)
 
@@ -40,10 +46,10 @@ class ReturnPath:
             self._read()
         except BaseException as error:
             self.error = error if isinstance(error, MigError) else MigError(repr(error))
-            self._ended.set()
+            self._end()
             self._on_failure(self.error)
         finally:
-            self._ended.set()
+            self._end()
 
     def _read(self) -> None:
         reader = StreamReader(self._channel, buffer_size=4096)
@@ -62,8 +68,33 @@ class ReturnPath:
                 return
             if message.type == ReturnType.SWITCHOVER_ACK:
                 self.acked = True
-            elif message.type != ReturnType.PONG:
+            elif message.type == ReturnType.PONG:
+                self._note_pong(message.value)
+            else:
                 raise reader.error(f"{message.type.name} outside of postcopy")
+
+    def _end(self) -> None:
+        with self._ponged:
+            self._ended.set()
+            self._ponged.notify_all()
+
+    def _note_pong(self, value: int) -> None:
+        with self._ponged:
+            # a destination may make values up
+            if len(self.pongs) < _MOST_PONGS:
+                self.pongs.add(value)
+            self._ponged.notify_all()
+
+    def wait_pong(self, value: int, timeout: float | None) -> None:
+        """Wait until the destination has answered PING ``value``; PeerError when it does not."""
+        with self._ponged:
+            came = self._ponged.wait_for(
+                lambda: value in self.pongs or self._ended.is_set(), timeout
+            )
+        if self.error is not None:
+            raise self.error
+        if not came or value not in self.pongs:
+            raise PeerError(f"the destination did not answer within {timeout} s")
 
     def wait_shut(self, timeout: float | None) -> None:
         """Wait until the destination has confirmed; PeerError when it does not.

@@ -120,7 +120,7 @@ class StreamImage:
         #: bytes of the stream; what follows in the file is not looked at
         self.nbytes = index.state.offset + len(index.state.raw)
         #: PAGE and ZERO records; more than there are pages when pages were sent again
-        self.records = counters.normal + counters.fill
+        self.records = counters.records
 
     def _read(self, offset: int, page_size: int) -> tuple[_Index, RamCounters]:
         index, counters = _Index(offset), RamCounters()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Protocol
 
 import numpy as np
@@ -12,9 +13,9 @@ from mig import _core
 from mig.multifd.dialect import Dialect
 from mig.options import ZeroPageDetection
 from mig.pages import PageIndex
-from mig.ram.encode import RecordWriter, ZeroFinder
+from mig.ram.encode import PageEncoder, RecordWriter, ZeroFinder
 from mig.ram.search import PageBatch, SourceBlock
-from mig.stats import RamCounters
+from mig.stats import AdaptiveStats, MigrationInfo, RamCounters
 from mig.wire import RamFlag, SectionType
 
 _FLUSH = struct.pack(">Q", RamFlag.MULTIFD_FLUSH)
@@ -31,8 +32,19 @@ class Lanes(Protocol):
     def npages(self) -> tuple[int, int]:
         """Pages sent, with contents and zero."""
 
-    def send(self, block: SourceBlock, index: PageIndex, *, scan: bool) -> None:
-        """Queue pages, which are read later, until `drain` or `sync`; scan: for zero pages."""
+    @property
+    def methods(self) -> tuple[int, int, int, int]:
+        """Pages that went raw, as differences, by zstd, and not at all (compression adaptive)."""
+
+    def send(self, block: SourceBlock, index: PageIndex, *, scan: bool, address: int) -> None:
+        """Queue pages, which are read later, until `drain` or `sync`.
+
+        scan:    look for zero pages
+        address: of the block, when all lie one behind the other
+        """
+
+    def adapt(self, *, generation: int, caching: bool, last_stage: bool, link: float) -> None:
+        """Say what compression adaptive chooses by, while nothing is queued."""
 
     def drain(self) -> None:
         """Wait until all is sent."""
@@ -41,12 +53,15 @@ class Lanes(Protocol):
         """Wait until all is sent, and put a SYNC behind it on every channel."""
 
 
-class MultifdEncoder:
+class MultifdEncoder(PageEncoder):
     """Gives pages to the channels.
 
     Matches ram_save_multifd_page() and multifd_ram_flush_and_sync().
 
-    detection: who looks for zero pages now
+    detection:  who looks for zero pages now
+    adaptive:   whether each page goes its own way (multifd-compression adaptive)
+    last_stage: whether the guest stands still
+    bandwidth:  bytes a second that one channel may send, 0: no limit
     """
 
     def __init__(
@@ -57,6 +72,11 @@ class MultifdEncoder:
         counters: RamCounters,
         dialect: Dialect,
         detection: Callable[[], ZeroPageDetection],
+        blocks: Sequence[SourceBlock],
+        *,
+        adaptive: bool,
+        last_stage: Callable[[], bool],
+        bandwidth: Callable[[], float],
     ) -> None:
         self._lanes = lanes
         self._records = records
@@ -64,8 +84,18 @@ class MultifdEncoder:
         self._counters = counters
         self._dialect = dialect
         self._detection = detection
+        self._adaptive = adaptive
+        self._last_stage = last_stage
+        self._bandwidth = bandwidth
         self._sync_due = False
+        self._passes = 0
+        self._adapted: tuple[int, float] | None = None
         self._counted = (0, 0)
+        self._addresses: dict[str, int] = {}
+        address = 0
+        for block in blocks:
+            self._addresses[block.idstr] = address
+            address += block.pages.npages * block.pages.page_size
 
     @property
     def nbytes_beside(self) -> int:
@@ -78,13 +108,29 @@ class MultifdEncoder:
             self._sync()
             # the channels of the destination wait for it
             self._records.writer.flush()
+        self._adapt()
         block, index = batch.block, batch.index
         if self._detection() == ZeroPageDetection.MULTIFD and self._dialect.zero_in_packets:
-            self._lanes.send(block, index, scan=block.detect_zero)
+            self._send(block, index, scan=block.detect_zero)
         else:
             rest = self._put_zeros(batch)
-            self._lanes.send(block, rest, scan=False)
+            self._send(block, rest, scan=False)
         self._count()
+
+    def _send(self, block: SourceBlock, index: PageIndex, *, scan: bool) -> None:
+        self._lanes.send(block, index, scan=scan, address=self._addresses[block.idstr])
+
+    def _adapt(self) -> None:
+        wanted = (self._passes, self._bandwidth())
+        if self._adapted != wanted:
+            self._adapted = wanted
+            self._lanes.drain()
+            self._lanes.adapt(
+                generation=self._passes,
+                caching=self._passes > 1,
+                last_stage=self._last_stage(),
+                link=wanted[1],
+            )
 
     def _put_zeros(self, batch: PageBatch) -> PageIndex:
         """ZERO records of the zero pages; returns the others."""
@@ -108,11 +154,18 @@ class MultifdEncoder:
     def begin_pass(self) -> None:
         """What was sent before must arrive before what is sent from now on."""
         self._sync_due = not self._dialect.sync_every_section
+        self._passes += 1
 
     def settle(self) -> None:
         """Wait until all is sent."""
         self._lanes.drain()
         self._count()
+
+    def report(self, info: MigrationInfo) -> MigrationInfo:
+        """Add how pages went, where each goes its own way. Any thread."""
+        if not self._adaptive:
+            return info
+        return replace(info, adaptive=AdaptiveStats(*self._lanes.methods))
 
     def _sync(self) -> None:
         self._lanes.sync()

@@ -27,11 +27,15 @@ from mig.wire import DEFAULT_PAGE_BITS
 
 
 class MultiFDCompression(StrEnum):
-    """How the channels of multifd compress. QEMU has more where it is built for their hardware."""
+    """How the channels of multifd compress. QEMU has more where it is built for their hardware.
+
+    ADAPTIVE is mig's own, between two ends of mig: each page in its own way.
+    """
 
     NONE = "none"
     ZLIB = "zlib"
     ZSTD = "zstd"
+    ADAPTIVE = "adaptive"
 
 
 class ZeroPageDetection(StrEnum):
@@ -216,7 +220,11 @@ class Parameters:
     )
     multifd_compression: MultiFDCompression = field(
         default=MultiFDCompression.NONE,
-        metadata=_spec(Choice(MultiFDCompression), "how the channels of multifd compress", "5.0"),
+        metadata=_spec(
+            Choice(MultiFDCompression),
+            "how the channels of multifd compress; adaptive is mig's own",
+            "5.0",
+        ),
     )
     multifd_zlib_level: int = field(
         default=1,

@@ -16,6 +16,7 @@ OUTGOING_CAPABILITIES: Final = frozenset(
         Capability.SWITCHOVER_ACK,
         Capability.VALIDATE_UUID,
         Capability.X_IGNORE_SHARED,
+        Capability.XBZRLE,
         Capability.ZERO_COPY_SEND,
     }
 )
@@ -26,6 +27,7 @@ INCOMING_CAPABILITIES: Final = frozenset(
         Capability.SWITCHOVER_ACK,
         Capability.VALIDATE_UUID,
         Capability.X_IGNORE_SHARED,
+        Capability.XBZRLE,
     }
 )
 
@@ -49,6 +51,7 @@ SUPPORTED_PARAMETERS: Final = frozenset(
         "throttle-trigger-threshold",
         "vcpu-dirty-limit",
         "x-vcpu-dirty-limit-period",
+        "xbzrle-cache-size",
         "zero-page-detection",
     }
 )

@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Protocol
 
 from mig import _core
 from mig.pages import PageIndex
 from mig.ram.search import PageBatch, SourceBlock
-from mig.stats import RamCounters
+from mig.stats import MigrationInfo, RamCounters
 from mig.stream.writer import StreamWriter
 from mig.wire import SectionType
 
 
-class PageEncoder(Protocol):
+class PageEncoder(ABC):
     """Sends batches of pages, on the main stream or beside it."""
 
+    @abstractmethod
     def encode(self, batch: PageBatch) -> None:
         """Send the batch; a section of `ram` is open."""
 
     @property
     def nbytes_beside(self) -> int:
         """Bytes sent over other connections than the main stream's."""
+        return 0
 
     def end_section(self, kind: SectionType) -> None:
         """The section that is open, a START, PART or END, is about to end."""
@@ -31,6 +33,13 @@ class PageEncoder(Protocol):
 
     def settle(self) -> None:
         """Wait until what was given is counted in `nbytes_beside`, or on the main stream."""
+
+    def end_period(self) -> None:
+        """A second or so is over, for which rates may be computed."""
+
+    def report(self, info: MigrationInfo) -> MigrationInfo:
+        """Add statistics of this encoding. Any thread."""
+        return info
 
 
 class RecordWriter:
@@ -46,6 +55,33 @@ class RecordWriter:
             return None
         self._current = block.idstr
         return block.idstr.encode("ascii")
+
+    def put_deltas(
+        self,
+        block: SourceBlock,
+        index: PageIndex,
+        zero: _core.Bitmap | None,
+        cache: _core.XbzrleCache,
+        *,
+        address: int,
+        generation: int,
+        last_stage: bool,
+    ) -> None:
+        """XBZRLE records, too, of pages that are in the cache; see OutQueue.encode_deltas()."""
+        before, current = self.writer.offset, self._current
+        self.writer.put_deltas(
+            cache,
+            block.pages,
+            self.name(block),
+            index,
+            zero,
+            address=address,
+            generation=generation,
+            last_stage=last_stage,
+        )
+        if self.writer.offset == before:
+            # nothing has changed, so no record has named the block
+            self._current = current
 
     def put(self, block: SourceBlock, index: PageIndex, zero: _core.Bitmap | None) -> None:
         """PAGE and ZERO records of pages ``index``; bit i of ``zero``: page index[i] is zero."""
@@ -69,7 +105,7 @@ class ZeroFinder:
         return None, len(batch.index) - block.pages.count_stored(batch.index)
 
 
-class PlainEncoder:
+class PlainEncoder(PageEncoder):
     """Whole pages and zero pages; matches save_zero_page() and save_normal_page()."""
 
     def __init__(self, records: RecordWriter, zeros: ZeroFinder, counters: RamCounters) -> None:
@@ -82,14 +118,3 @@ class PlainEncoder:
         zero, nzero = self._zeros.find(batch)
         self._records.put(batch.block, batch.index, zero)
         self._counters.add(len(batch.index), nzero)
-
-    nbytes_beside = 0
-
-    def end_section(self, kind: SectionType) -> None:
-        """Nothing is kept back."""
-
-    def begin_pass(self) -> None:
-        """Every pass is alike."""
-
-    def settle(self) -> None:
-        """Nothing is on its way."""

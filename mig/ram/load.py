@@ -14,7 +14,6 @@ from mig.wire import RamFlag
 
 #: records of features that this loader leaves out, and the capability that makes a source send them
 _CAPABILITY_OF = {
-    RamFlag.XBZRLE: "xbzrle",
     RamFlag.COMPRESS_PAGE: "compress",
     RamFlag.MULTIFD_FLUSH: "multifd",
 }
@@ -127,8 +126,8 @@ class RamLoader:
             except MemoryError as error:
                 raise reader.error("no memory for the block list") from error
             except _core.RamRecordError as error:
-                raise reader.error(f"{error}, in the burst that starts here") from error
-            counters.add(parser.npages, parser.nfill)
+                raise self._refused_record(parser, start, error) from error
+            counters.add(parser.npages, parser.nfill, parser.nxbzrle)
             reader.advance(parser.consumed)
             if stop == _core.STOP_MORE:
                 reader.need(parser.need, "a RAM record")
@@ -153,6 +152,23 @@ class RamLoader:
         at = reader.offset + parser.consumed
         block = self._block_name(parser)
         return StreamError(message, offset=at, section=reader.section, block=block)
+
+    def _refused_record(
+        self, parser: _core.RamParser, start: int, error: _core.RamRecordError
+    ) -> StreamError:
+        """A record of the last burst, parsed at ``start`` of the buffer, could not be taken."""
+        reader = self._reader
+        at = reader.offset + parser.wrong_offset(reader.buffer, start)
+        block = self._block_name(parser)
+        if error.capability is not None:
+            return UnsupportedError(
+                str(error),
+                capability=error.capability,
+                offset=at,
+                section=reader.section,
+                block=block,
+            )
+        return StreamError(str(error), offset=at, section=reader.section, block=block)
 
     def _unknown_record(self, parser: _core.RamParser) -> StreamError:
         """The next record is no page: name the feature it belongs to."""

@@ -7,7 +7,7 @@ import struct
 from mig.ram.encode import PageEncoder
 from mig.ram.search import PageBatch, PageSearch
 from mig.records import BlockInfo, BlockList, SectionHeader, encode_continuation, encode_footer
-from mig.stats import RamCounters
+from mig.stats import MigrationInfo, RamCounters
 from mig.stream.writer import StreamWriter
 from mig.wire import RAM_IDSTR, RAM_VERSION, RamFlag, SectionType
 
@@ -74,11 +74,19 @@ class RamSaver:
     @property
     def npages(self) -> int:
         """Page records so far."""
-        return self._counters.normal + self._counters.fill
+        return self._counters.records
 
     def begin_pass(self) -> None:
         """The dirty log was synced."""
         self._encoder.begin_pass()
+
+    def end_period(self) -> None:
+        """A second or so is over."""
+        self._encoder.end_period()
+
+    def report(self, info: MigrationInfo) -> MigrationInfo:
+        """Add statistics of the encoding. Any thread."""
+        return self._encoder.report(info)
 
     def settle(self) -> None:
         """Wait until what was given to send is counted in `nbytes`."""

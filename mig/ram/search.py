@@ -102,6 +102,8 @@ class PageSearch:
         self.remaining = sum(b.dirty.count() * b.pages.page_size for b in self.blocks)
         #: whether the last batch has left dirty pages of the host page it ends in: they come next
         self.inside_host_page = False
+        #: whether every page has been looked at once: the first full round is over
+        self.wrapped = False
         self.rewind()
 
     def __getitem__(self, idstr: str) -> SourceBlock:
@@ -145,8 +147,12 @@ class PageSearch:
         self.inside_host_page = False
         room = self._index[: min(max(max_pages, 1), MAX_BATCH)]
         # the block that it begins in may have dirty pages before the one it begins with
-        for _ in range(len(self.blocks) + 1 if self.remaining else 0):
+        if not self.remaining:
+            self.wrapped = True
+            return None
+        for _ in range(len(self.blocks) + 1):
             if self._block == len(self.blocks):
+                self.wrapped = True
                 self.rewind()
             block = self.blocks[self._block]
             n = block.dirty.take(self._page, room)

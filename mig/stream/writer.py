@@ -55,6 +55,38 @@ class StreamWriter:
                 first, name = done, None
             self.flush()
 
+    def put_deltas(
+        self,
+        cache: _core.XbzrleCache,
+        pages: _core.Pages,
+        name: bytes | None,
+        index: PageIndex,
+        zero: _core.Bitmap | None,
+        *,
+        address: int,
+        generation: int,
+        last_stage: bool,
+    ) -> None:
+        """Append what is new of pages ``index``; the arguments are those of encode_deltas()."""
+        first = 0
+        while first < len(index):
+            before = self.offset
+            first = self._out.encode_deltas(
+                cache,
+                pages,
+                name,
+                index,
+                first,
+                zero,
+                address=address,
+                generation=generation,
+                last_stage=last_stage,
+            )
+            if self.offset > before:
+                name = None
+            if first < len(index):
+                self.flush()
+
     def flush(self) -> None:
         """Send what is queued."""
         if self._out.nbytes:

@@ -71,6 +71,7 @@ static void parser_open(struct mig_ram_parser *p, size_t page_size, size_t capac
     *p = (struct mig_ram_parser){
         .blocks = blocks, .nblocks = NBLOCKS, .page_size = page_size, .current = -1,
         .page = malloc(capacity * sizeof(uint64_t)), .src = malloc(capacity * sizeof(int64_t)),
+        .length = malloc(capacity * sizeof(uint32_t)), .kind = malloc(capacity * sizeof(uint16_t)),
         .capacity = capacity,
     };
 }
@@ -79,11 +80,13 @@ static void parser_close(struct mig_ram_parser *p)
 {
     free(p->page);
     free(p->src);
+    free(p->length);
+    free(p->kind);
 }
 
 static void check_results(const struct mig_ram_parser *p, int stop, size_t len)
 {
-    size_t nfill = 0;
+    size_t nfill = 0, nxbzrle = 0;
 
     CHECK(p->consumed <= len);
     CHECK(p->npages <= p->capacity);
@@ -93,18 +96,23 @@ static void check_results(const struct mig_ram_parser *p, int stop, size_t len)
         CHECK(p->page[i] < blocks[p->current].npages);
         if (p->src[i] >= 0) {
             CHECK((size_t)p->src[i] >= MIG_RAM_WORD);
-            CHECK((size_t)p->src[i] + p->page_size <= p->consumed);
+            CHECK((size_t)p->src[i] + p->length[i] <= p->consumed);
+            CHECK(p->kind[i] == MIG_RAM_XBZRLE ? p->length[i] <= p->page_size
+                                               : p->kind[i] == MIG_RAM_PAGE &&
+                                                     p->length[i] == p->page_size);
+            nxbzrle += p->kind[i] == MIG_RAM_XBZRLE;
         } else {
-            CHECK(p->src[i] >= -256);
+            CHECK(p->src[i] >= -256 && p->kind[i] == MIG_RAM_ZERO && p->length[i] == 0);
             nfill++;
         }
     }
-    CHECK(p->nfill == nfill);
+    CHECK(p->nfill == nfill && p->nxbzrle == nxbzrle);
     switch (stop) {
     case MIG_RAM_STOP_MORE:
         /* what is wanted is more than is there, and no more than one record */
         CHECK(p->need > len - p->consumed);
-        CHECK(p->need <= MIG_RAM_WORD + 1 + MIG_RAM_MAX_NAME + p->page_size);
+        CHECK(p->need <= MIG_RAM_WORD + 1 + MIG_RAM_MAX_NAME + MIG_RAM_XBZRLE_FIELDS +
+                               p->page_size);
         break;
     case MIG_RAM_STOP_FULL:
         CHECK(p->npages == p->capacity);
@@ -117,6 +125,8 @@ static void check_results(const struct mig_ram_parser *p, int stop, size_t len)
     case MIG_E_RAM_NO_BLOCK:
     case MIG_E_RAM_UNKNOWN_BLOCK:
     case MIG_E_RAM_BAD_OFFSET:
+    case MIG_E_RAM_BAD_CODING:
+    case MIG_E_RAM_BAD_LENGTH:
         break;
     default:
         CHECK(!"a known stop");
@@ -132,15 +142,26 @@ static const struct mig_kernels *kernels(void)
     return k;
 }
 
-static void place(const struct mig_ram_parser *p, struct guest *g, const uint8_t *buf, bool fresh)
+/* 0 or the error of a difference; then its record lies within the burst. */
+static int place(struct mig_ram_parser *p, struct guest *g, const uint8_t *buf, bool fresh)
 {
     struct mig_pages pages;
+    size_t at;
+    int rc;
 
-    if (p->npages) {
-        pages = guest_pages(g, p->current);
-        mig_ram_place(kernels(), &pages, g->received[p->current], fresh, buf, p->page, p->src,
-                      p->npages);
+    if (!p->npages) {
+        return 0;
     }
+    pages = guest_pages(g, p->current);
+    rc = mig_ram_place(kernels(), p, &pages, g->received[p->current], fresh, buf);
+    if (rc < 0) {
+        CHECK(rc <= MIG_E_XBZRLE_TRUNCATED && rc >= MIG_E_XBZRLE_PAST_PAGE);
+        CHECK(p->wrong < p->npages && p->kind[p->wrong] == MIG_RAM_XBZRLE);
+        at = mig_ram_record_offset(p, buf, p->wrong);
+        CHECK(at + MIG_RAM_WORD + MIG_RAM_XBZRLE_FIELDS <= (size_t)p->src[p->wrong]);
+        CHECK((buf[at + 7] & MIG_RAM_XBZRLE) && at < p->consumed);
+    }
+    return rc;
 }
 
 /* Encodes the burst from the guest's memory and parses it: the same pages come out. */
@@ -188,15 +209,17 @@ struct log {
     struct mig_pagelog c;
     int fd;
     int64_t *where[NBLOCKS];
-    uint8_t *zeros;
+    uint8_t *zeros, *scratch;
     bool ok; /* false once a fill byte was refused */
 };
 
 static void log_open(struct log *log, size_t page_size)
 {
     log->zeros = calloc(1, page_size);
+    log->scratch = malloc(page_size);
     log->ok = true;
-    log->c = (struct mig_pagelog){.current = -1, .page_size = page_size, .zeros = log->zeros};
+    log->c = (struct mig_pagelog){.current = -1, .page_size = page_size, .zeros = log->zeros,
+                                  .scratch = log->scratch, .kernels = kernels()};
     log->fd = memfd_create("log", MFD_CLOEXEC);
     CHECK(log->fd >= 0);
     CHECK(mig_appender_open(&log->c.file, log->fd, -1) == 0);
@@ -206,21 +229,21 @@ static void log_open(struct log *log, size_t page_size)
     }
 }
 
-static void log_put(struct log *log, const struct mig_ram_parser *p, const uint8_t *buf)
+static void log_put(struct log *log, struct mig_ram_parser *p, const uint8_t *buf, int placed)
 {
     int rc;
 
     if (!log->ok || !p->npages) {
         return;
     }
-    rc = mig_pagelog_put(&log->c, p->current, &blocks[p->current], log->where[p->current], buf,
-                         p->page, p->src, p->npages);
+    rc = mig_pagelog_put(&log->c, p, log->where[p->current], buf);
     log->ok = rc == 0;
-    for (size_t i = 0; !log->ok && i < p->npages; i++) {
-        log->ok |= p->src[i] < -1;
+    if (rc == MIG_E_RAM_BAD_FILL) {
+        CHECK(p->wrong < p->npages && p->src[p->wrong] < -1);
+    } else {
+        /* the same difference is wrong in a file as in memory */
+        CHECK(rc == placed);
     }
-    CHECK(log->ok); /* only a fill byte is refused */
-    log->ok = rc == 0;
 }
 
 /* The file's records, put into a guest that has received nothing, make the same guest; no page
@@ -245,7 +268,7 @@ static void log_check(struct log *log, const struct guest *g)
     while (stop == MIG_RAM_STOP_FULL || stop == MIG_RAM_STOP_SWITCH) {
         stop = mig_ram_parse(&p, file + at, nbytes - at);
         check_results(&p, stop, nbytes - at);
-        place(&p, &copy, file + at, true);
+        CHECK(p.nxbzrle == 0 && place(&p, &copy, file + at, true) == 0);
         nrecords += p.npages;
         at += p.consumed;
     }
@@ -267,6 +290,7 @@ static void log_close(struct log *log)
     mig_appender_close(&log->c.file);
     close(log->fd);
     free(log->zeros);
+    free(log->scratch);
     for (int i = 0; i < NBLOCKS; i++) {
         free(log->where[i]);
     }
@@ -280,7 +304,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     struct mig_ram_parser p, cut;
     struct guest g, g_cut;
     struct log log;
-    int stop = 0, stop_cut = 0;
+    int stop = 0, stop_cut = 0, placed = 0, placed_cut = 0;
     uint8_t *buf;
 
     if (size < 1) {
@@ -307,8 +331,11 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
         if (stop < 0) {
             break; /* a loader gives up here */
         }
-        place(&p, &g, buf + at, true);
-        log_put(&log, &p, buf + at);
+        placed = place(&p, &g, buf + at, true);
+        log_put(&log, &p, buf + at, placed);
+        if (placed < 0) {
+            break;
+        }
         if (p.npages) {
             encode_again(&p, &g);
         }
@@ -325,9 +352,12 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
         stop_cut = mig_ram_parse(&cut, piece, have);
         check_results(&cut, stop_cut, have);
         if (stop_cut >= 0) {
-            place(&cut, &g_cut, piece, false);
+            placed_cut = place(&cut, &g_cut, piece, false);
         }
         free(piece);
+        if (placed_cut < 0) {
+            break;
+        }
         done += cut.consumed;
         have -= cut.consumed;
         if (stop_cut == MIG_RAM_STOP_MORE) {
@@ -337,8 +367,10 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
             have += step < size - done - have ? step : size - done - have;
         }
     }
-    CHECK(stop_cut == stop);
-    if (stop >= 0) {
+    /* the whole burst is parsed before a difference is seen to be wrong: another error may be first */
+    CHECK(placed || placed_cut || stop_cut == stop);
+    CHECK(stop < 0 || stop_cut < 0 || placed_cut == placed);
+    if (stop >= 0 && placed == 0) {
         /* of a burst that ends in an error nothing is placed, and bursts are cut differently */
         guests_equal(&g, &g_cut);
     }

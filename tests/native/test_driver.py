@@ -29,6 +29,14 @@ TARGETS = {
         + b"\0\0\0\0\0\0\0\xa2\0"
         + b"\0\0\0\0\0\0\0\x10",
     ),
+    "fuzz_ramio differences": (
+        ["fuzz_ramio.c"],
+        b"\x0d"
+        + b"\0\0\0\0\0\0\0\x40\x03ram\x01\0\x03\x05\x01A"
+        + b"\0\0\0\0\0\0\0\xe0\x01\0\x06\0\x01A\x09\x01B"
+        + b"\0\0\0\0\0\0\0\x22\0"
+        + b"\0\0\0\0\0\0\0\x10",
+    ),
     "fuzz_xbzrle": (
         ["fuzz_xbzrle.c", "simple_xbzrle.c"],
         b"\x0c\0\0" + b"\0\x01A" + b"\x80\x01\x02BC",

@@ -13,4 +13,5 @@ class PageLog:
         self.pages: dict[tuple[bytes, int], bytes] = {}
 
     def put(self, record: Record) -> None:
-        self.pages[record.block, record.page] = record.expand(self.page_size)
+        key = record.block, record.page
+        self.pages[key] = record.expand(self.page_size, self.pages.get(key))

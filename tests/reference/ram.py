@@ -4,20 +4,34 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-ZERO, MEM_SIZE, PAGE, EOS, CONTINUE = 0x02, 0x04, 0x08, 0x10, 0x20
+from reference import xbzrle
+
+ZERO, MEM_SIZE, PAGE, EOS, CONTINUE, XBZRLE = 0x02, 0x04, 0x08, 0x10, 0x20, 0x40
+
+
+@dataclass(frozen=True)
+class Delta:
+    """The XBZRLE encoding of a page."""
+
+    encoding: bytes
 
 
 @dataclass(frozen=True)
 class Record:
-    """A page of a block: its bytes, or the byte that it is filled with."""
+    """A page of a block: its bytes, the byte that it is filled with, or a difference."""
 
     block: bytes
     page: int
-    contents: bytes | int
+    contents: bytes | int | Delta
 
-    def expand(self, page_size: int) -> bytes:
+    def expand(self, page_size: int, old: bytes | None = None) -> bytes:
+        """What the page holds then; ``old``: what it held before, None for nothing."""
         if isinstance(self.contents, int):
             return bytes([self.contents]) * page_size
+        if isinstance(self.contents, Delta):
+            page = bytearray(page_size if old is None else old)
+            xbzrle.decode(self.contents.encoding, page)
+            return bytes(page)
         return self.contents
 
 
@@ -30,16 +44,20 @@ def be64(value: int) -> bytes:
 
 def encode_record(record: Record, page_size: int, current: bytes | None) -> bytes:
     """One record; ``current`` is the block that the stream is in."""
-    filled = isinstance(record.contents, int)
-    word = record.page * page_size + (ZERO if filled else PAGE)
+    contents = record.contents
+    kind = ZERO if isinstance(contents, int) else XBZRLE if isinstance(contents, Delta) else PAGE
+    word = record.page * page_size + kind
     if record.block == current:
         out = be64(word + CONTINUE)
     else:
         out = be64(word) + bytes([len(record.block)]) + record.block
-    if filled:
-        return out + bytes([record.contents])
-    assert len(record.contents) == page_size
-    return out + record.contents
+    if isinstance(contents, int):
+        return out + bytes([contents])
+    if isinstance(contents, Delta):
+        length = len(contents.encoding)
+        return out + bytes([1, length >> 8, length & 0xFF]) + contents.encoding
+    assert len(contents) == page_size
+    return out + contents
 
 
 def encode(records: list[Record], page_size: int, current: bytes | None = None) -> bytes:
@@ -100,7 +118,16 @@ def parse_record(
         block = data[at + 9 : at + head]
     assert block is not None
     kind = flags & ~CONTINUE
-    assert kind in (ZERO, PAGE), hex(word)
+    assert kind in (ZERO, PAGE, XBZRLE), hex(word)
+    if kind == XBZRLE:
+        if left < head + 3:
+            return Incomplete(head + 3)
+        assert data[at + head] == 1
+        head, body = head + 3, data[at + head + 1] * 256 + data[at + head + 2]
+        if left < head + body:
+            return Incomplete(head + body)
+        delta = Delta(data[at + head : at + head + body])
+        return Record(block, word // page_size, delta), at + head + body
     body = page_size if kind == PAGE else 1
     if left < head + body:
         return Incomplete(head + body)

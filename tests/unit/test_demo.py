@@ -122,7 +122,7 @@ def test_the_report_is_for_people():
     [
         (("--dirty-rate", "quick"), "no size"),
         (("-p", "max-bandwidth=much"), "max-bandwidth"),
-        (("-c", "xbzrle"), "xbzrle"),
+        (("-c", "x-colo"), "x-colo"),
         (("--workers", "0"), "workers"),
     ],
 )

@@ -103,8 +103,8 @@ def test_what_cannot_change_is_refused_and_nothing_changes(pair):
     with pytest.raises(OptionError) as caught:
         outgoing.set_parameters({"max-bandwidth": 0, "direct-io": "off", "idle-timeout": 3})
     assert len(caught.value.violations) == 2
-    with pytest.raises(OptionError, match="mig does not do xbzrle-cache-size yet"):
-        incoming.set_parameters({"xbzrle-cache-size": 4096})
+    with pytest.raises(OptionError, match="mig does not do x-checkpoint-delay yet"):
+        incoming.set_parameters({"x-checkpoint-delay": 4096})
     assert outgoing.parameters is before
 
 

@@ -100,6 +100,68 @@ def file():
         yield file
 
 
+DELTAS = [b"\x05\x01A", b"\0\x7d" + b"D" * 125, b"\x7f\x01\0", b"", b"\0\x02AB\x03\x02CD"]
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    bursts=st.lists(
+        st.lists(
+            st.builds(
+                lambda block, page, contents: Record(block, page % BLOCKS[block], contents),
+                st.sampled_from(list(BLOCKS)),
+                st.integers(0, 11),
+                st.one_of(
+                    st.just(0),
+                    st.integers(0, 255).map(lambda b: bytes([b]) * 128),
+                    st.sampled_from(DELTAS).map(ram.Delta),
+                ),
+            ),
+            max_size=20,
+        ),
+        max_size=4,
+    ),
+    capacity=st.sampled_from([1, 3, 4096]),
+)
+def test_differences_are_laid_over_what_the_file_has(bursts, capacity):
+    with tempfile.TemporaryFile(buffering=0) as file:
+        writer = Writer(file, page_size=128, capacity=capacity)
+        for burst in bursts:
+            writer.put(burst)
+        assert not any(isinstance(r.contents, ram.Delta) for r in writer.check())
+
+
+@pytest.mark.parametrize("direct", [False, True])
+def test_a_difference_to_a_page_that_lies_anywhere(file, direct):
+    """In the chunk being filled, on its way to the disk, on disk, and across two chunks."""
+    fd = os.open(f"/proc/self/fd/{file.fileno()}", os.O_RDWR | os.O_DIRECT) if direct else -1
+    try:
+        page_size, npages = 4096, 1500
+        writer = Writer(file, {b"r": npages}, page_size=page_size, direct_fd=fd)
+        rng = np.random.default_rng(3)
+        for first in range(0, npages, 100):
+            writer.put([Record(b"r", i, rng.bytes(page_size)) for i in range(first, first + 100)])
+            back = rng.integers(0, first + 100, 40)
+            writer.put([Record(b"r", int(i), ram.Delta(b"\x09\x02xy")) for i in back])
+        writer.check()
+    finally:
+        if direct:
+            os.close(fd)
+
+
+@pytest.mark.parametrize("before", [0, 1, 3])
+def test_a_wrong_difference_is_refused_with_its_place(file, before):
+    parser = RamParser([(b"r", 8)], 4096)
+    log = PageLog(file.fileno(), parser)
+    good = [Record(b"r", 0, 0), Record(b"r", 1, b"\x01" * 4096), Record(b"r", 2, 0)][:before]
+    head = ram.encode(good, 4096)
+    data = head + ram.encode([Record(b"r", 3, ram.Delta(b"\0"))], 4096)
+    parser.parse(data, 0, len(data))
+    with pytest.raises(RamRecordError, match="ends within a run"):
+        log.put(data, 0)
+    assert parser.wrong_offset(data, 0) == len(head)
+
+
 RECORDS = st.builds(
     lambda block, page, contents: Record(block, page % BLOCKS[block], contents),
     st.sampled_from(list(BLOCKS)),
