@@ -289,28 +289,34 @@ cdef class MultifdReceiver:
     """
     cdef mig_mfd_receiver c
     cdef mig_mfd_block *blocks
+    cdef mig_ram_block *table  # the parser's, but for blocks that are refused
     cdef RamParser parser
     cdef unsigned nchannels
     cdef list kept
     cdef set refused
 
     def __cinit__(self, RamParser parser not None, int nchannels, *, str compression="none"):
+        cdef size_t i
         self.parser = parser
         self.kept = []
         self.refused = set()
         self.nchannels = check_lane_count(nchannels)
         self.blocks = <mig_mfd_block *>calloc(parser.c.nblocks or 1, sizeof(mig_mfd_block))
-        if self.blocks == NULL:
+        self.table = <mig_ram_block *>calloc(parser.c.nblocks or 1, sizeof(mig_ram_block))
+        if self.blocks == NULL or self.table == NULL:
             raise MemoryError
+        for i in range(parser.c.nblocks):
+            self.table[i] = parser.table[i]
         check(mig_mfd_receiver_open(&self.c, self.nchannels, parser.c.page_size))
         self.c.codec = _CODECS[compression]
-        self.c.ram_blocks = parser.table
+        self.c.ram_blocks = self.table
         self.c.blocks = self.blocks
         self.c.nblocks = parser.c.nblocks
 
     def __dealloc__(self):
         mig_mfd_receiver_close(&self.c)
         free(self.blocks)
+        free(self.table)
 
     def to_memory(self, size_t block, Pages pages not None, Bitmap received not None, bint fresh):
         """Put the pages of a block into memory; the arguments are those of RamParser.place()."""
@@ -331,8 +337,8 @@ cdef class MultifdReceiver:
         if block >= self.c.nblocks:
             raise IndexError(f"block {block} of {self.c.nblocks}")
         # no page lies inside of it then
-        self.blocks[block].ram.npages = 0
-        name = self.blocks[block].ram.name[:self.blocks[block].ram.name_len]
+        self.table[block].npages = 0
+        name = self.table[block].name[:self.table[block].name_len]
         self.refused.add((<bytes>name).decode("ascii", "backslashreplace"))
 
     def to_log(self, PageLog log not None):
@@ -359,7 +365,7 @@ cdef class MultifdReceiver:
             raise ValueError(f"channel {channel} of {self.nchannels}")
         for i in range(self.c.nblocks):
             if (self.c.log == NULL and self.blocks[i].pages == NULL
-                    and self.blocks[i].ram.npages):
+                    and self.table[i].npages):
                 raise ValueError(f"nobody takes the pages of block {i}")
         place.offset = offset
         place.npackets = 0
