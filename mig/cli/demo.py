@@ -187,11 +187,19 @@ def _table(info: MigrationInfo) -> Table:
         "dirty rate": f"{sized(dirty)}/s",
         "throughput": f"{sized(ram.bandwidth or 0)}/s",
         "expected downtime": "?" if expected is None else f"{expected * 1000:.0f} ms",
-        "throttle": f"{info.cpu_throttle_percentage or 0} %",
+        "throttle": _throttle(info),
     }
     for name, value in rows.items():
         table.add_row(name, value)
     return table
+
+
+def _throttle(info: MigrationInfo) -> str:
+    """How far the guest is slowed down, by auto-converge or by dirty-limit."""
+    per_round = info.dirty_limit_throttle_time_per_round
+    if per_round is None:
+        return f"{info.cpu_throttle_percentage or 0} %"
+    return f"{_milliseconds(per_round)} for each dirty ring of a vCPU"
 
 
 def _milliseconds(seconds: float | None) -> str:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 
+import mig
 from mig.cli import main
+from mig.cli.demo import _throttle
 from mig.demo import guests
 from mig.demo.job import Demo, DemoError, DemoReport, check
 from mig.errors import DirtyLogError, KvmUnavailableError
@@ -108,6 +111,15 @@ def test_memory_that_the_guest_does_not_write_is_compared():
     report = DemoReport(None, None, ends, {**ends, "ticks": 2, "rest": "b"})
     with pytest.raises(DemoError, match="does not write"):
         check(report)
+
+
+def test_the_display_tells_either_kind_of_throttle():
+    info = mig.OutgoingMigration(mig.MemoryGuest("box", mig.GuestMemory())).query()
+    assert _throttle(info) == "0 %"
+    info = replace(info, cpu_throttle_percentage=30)
+    assert _throttle(info) == "30 %"
+    info = replace(info, dirty_limit_throttle_time_per_round=0.25)
+    assert _throttle(info).startswith("250.0 ms")
 
 
 def test_the_report_is_for_people():
