@@ -160,6 +160,20 @@ class XbzrleCache:
     ) -> tuple[NDArray[np.int32], int]: ...
 
 @final
+class Compressor:
+    page_size: int
+    max_jobs: int
+    compressed: int
+    record_bytes: int
+    def __new__(cls, nthreads: int, level: int, page_size: int, max_jobs: int) -> Self: ...
+    def start(
+        self, pages: Pages, index: PageIndex, zero: Bitmap | None = None, *, most: int = ...
+    ) -> int: ...
+    @property
+    def done(self) -> bool: ...
+    def wait(self) -> PageIndex: ...
+
+@final
 class OutQueue:
     def __new__(cls, max_iov: int = 1024, arena_size: int = 65536) -> Self: ...
     @property
@@ -188,13 +202,29 @@ class OutQueue:
         generation: int,
         last_stage: bool = False,
     ) -> int: ...
+    def encode_compressed(
+        self,
+        compressor: Compressor,
+        pages: Pages,
+        name: bytes | None,
+        index: PageIndex,
+        first: int = 0,
+        zero: Bitmap | None = None,
+        *,
+        skip: bool = False,
+    ) -> int: ...
     def clear(self) -> None: ...
     def tobytes(self) -> bytes: ...
 
 @final
 class RamParser:
     def __new__(
-        cls, blocks: Sequence[tuple[bytes, int]], page_size: int, capacity: int = 4096
+        cls,
+        blocks: Sequence[tuple[bytes, int]],
+        page_size: int,
+        capacity: int = 4096,
+        *,
+        threads: int = 2,
     ) -> Self: ...
     @property
     def current(self) -> int: ...
@@ -204,6 +234,8 @@ class RamParser:
     def nfill(self) -> int: ...
     @property
     def nxbzrle(self) -> int: ...
+    @property
+    def npacked(self) -> int: ...
     @property
     def consumed(self) -> int: ...
     @property

@@ -92,8 +92,12 @@ RETURN_LENGTH: Final[dict[ReturnType, int | None]] = {
     ReturnType.SWITCHOVER_ACK: 0,
 }
 
-#: value of the PING that a source sends before RAM; later ones are for postcopy
+#: values of the PINGs that a source sends: before RAM; before the package of a postcopy, in it, and
+#: behind it
 PING_SETUP: Final = 1
+PING_PACKAGE: Final = 2
+PING_RUN: Final = 3
+PING_POSTCOPY: Final = 4
 
 
 #: PING of a source of mig's that asks whether the destination is one of mig's, too, and takes
@@ -148,3 +152,9 @@ MAX_DESCRIPTION: Final = 64 << 20
 MAX_DEVICE_STATE: Final = 1 << 30
 #: longest return-path message (QEMU reads them into 512 bytes)
 MAX_RETURN_MESSAGE: Final = 512
+#: most ranges in one POSTCOPY_RAM_DISCARD (MAX_DISCARDS_PER_COMMAND)
+MAX_DISCARD_RANGES: Final = 12
+#: version of that command (postcopy_ram_discard_version)
+DISCARD_VERSION: Final = 0
+#: what follows a bitmap on the return path (RAMBLOCK_RECV_BITMAP_ENDING)
+RECV_BITMAP_END: Final = 0x0123456789ABCDEF

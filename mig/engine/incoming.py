@@ -154,6 +154,7 @@ class IncomingMigration(Migration):
             on_command=self._on_command,
             counters=self._counters,
             page_size=self._page_size,
+            decompress_threads=self.parameters.decompress_threads,
             lanes=self._lanes,
             on_ram_end=self._end_ram,
             capabilities=self.capabilities,

@@ -14,7 +14,6 @@ from mig.wire import RamFlag
 
 #: records of features that this loader leaves out, and the capability that makes a source send them
 _CAPABILITY_OF = {
-    RamFlag.COMPRESS_PAGE: "compress",
     RamFlag.MULTIFD_FLUSH: "multifd",
 }
 
@@ -44,6 +43,7 @@ class PageLanes(Protocol):
 class RamLoader:
     """Reads payloads of the `ram` section of one stream.
 
+    decompress_threads: how many inflate compressed pages, once there are some
     addresses: whether the block list has them (capability x-ignore-shared)
 
     The current block is remembered over sections: the first record of a section may say CONTINUE.
@@ -61,6 +61,7 @@ class RamLoader:
         page_size: int,
         counters: RamCounters,
         *,
+        decompress_threads: int = 2,
         section_id: int = 0,
         lanes: PageLanes | None = None,
         sync_every_section: bool = False,
@@ -73,6 +74,7 @@ class RamLoader:
         self._sink = sink
         self._page_size = page_size
         self._counters = counters
+        self._decompress_threads = decompress_threads
         self._addresses = addresses
         self._parser: _core.RamParser | None = None
         self.blocks: tuple[BlockInfo, ...] = ()
@@ -106,7 +108,9 @@ class RamLoader:
             raise reader.error(f"no memory for {listed.total} bytes of RAM", offset=at) from error
         self._counters.total = listed.total
         self._parser = _core.RamParser(
-            [(b.idstr.encode(), b.npages(self._page_size)) for b in self.blocks], self._page_size
+            [(b.idstr.encode(), b.npages(self._page_size)) for b in self.blocks],
+            self._page_size,
+            threads=self._decompress_threads,
         )
         if self._lanes is not None:
             self._lanes.open(self._parser, self._section_id)
@@ -124,10 +128,10 @@ class RamLoader:
             try:
                 sink.put(parser, reader.buffer, start)
             except MemoryError as error:
-                raise reader.error("no memory for the block list") from error
+                raise reader.error("no memory for what becomes of pages") from error
             except _core.RamRecordError as error:
                 raise self._refused_record(parser, start, error) from error
-            counters.add(parser.npages, parser.nfill, parser.nxbzrle)
+            counters.add(parser.npages, parser.nfill, parser.nxbzrle, parser.npacked)
             reader.advance(parser.consumed)
             if stop == _core.STOP_MORE:
                 reader.need(parser.need, "a RAM record")

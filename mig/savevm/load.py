@@ -62,6 +62,7 @@ class StreamLoader:
 
     on_command: told of every OPEN_RETURN_PATH and PING
     page_size:  target page size where the stream does not name it
+    decompress_threads: how many inflate compressed pages
     lanes:      channels that bring pages beside the stream
     on_ram_end: called when RAM has ended, before the device state is loaded
     capabilities: those that are on here; None: take the stream as it is
@@ -77,6 +78,7 @@ class StreamLoader:
         on_command: Callable[[Command], None],
         counters: RamCounters | None = None,
         page_size: int = 1 << DEFAULT_PAGE_BITS,
+        decompress_threads: int = 2,
         lanes: PageLanes | None = None,
         on_ram_end: Callable[[], None] = lambda: None,
         capabilities: Collection[Capability] | None = (),
@@ -89,6 +91,7 @@ class StreamLoader:
         self._on_command = on_command
         self._page_size = page_size
         self._counters = counters or RamCounters()
+        self._decompress_threads = decompress_threads
         self._capabilities = capabilities
         # what the stream is read with when it does not say
         self._ignore_shared = Capability.X_IGNORE_SHARED in (capabilities or ())
@@ -205,6 +208,7 @@ class StreamLoader:
             self._target,
             self._page_size,
             self._counters,
+            decompress_threads=self._decompress_threads,
             section_id=header.section_id,
             lanes=self._lanes,
             sync_every_section=self._dialect.sync_every_section,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,15 @@ TARGETS = {
         + b"\0\0\0\0\0\0\0\x40\x03ram\x01\0\x03\x05\x01A"
         + b"\0\0\0\0\0\0\0\xe0\x01\0\x06\0\x01A\x09\x01B"
         + b"\0\0\0\0\0\0\0\x22\0"
+        + b"\0\0\0\0\0\0\0\x10",
+    ),
+    "fuzz_ramio compressed": (
+        ["fuzz_ramio.c"],
+        b"\x0e"
+        + b"\0\0\0\0\0\0\x05\0\x03ram\0\0\0\x11"
+        + zlib.compress(b"A" * 1024)
+        + b"\0\0\0\0\0\0\x09\x20\0\0\0\x11"
+        + zlib.compress(bytes(1024))
         + b"\0\0\0\0\0\0\0\x10",
     ),
     "fuzz_xbzrle": (

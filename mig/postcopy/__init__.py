@@ -1,0 +1,1 @@
+"""Postcopy: the guest runs at the destination before all of its memory is there."""
