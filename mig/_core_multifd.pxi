@@ -284,30 +284,39 @@ cdef class MultifdReceiver:
 
     parser: of the main stream; has the blocks
 
-    Each block is given to `to_memory`, or all of them to `to_log`, before the first `run`.
+    Each block is given to `to_memory` or `refuse`, or all of them to `to_log`, before the first
+    `run`.
     """
     cdef mig_mfd_receiver c
     cdef mig_mfd_block *blocks
+    cdef mig_ram_block *table  # the parser's, but for blocks that are refused
     cdef RamParser parser
     cdef unsigned nchannels
     cdef list kept
+    cdef set refused
 
     def __cinit__(self, RamParser parser not None, int nchannels, *, str compression="none"):
+        cdef size_t i
         self.parser = parser
         self.kept = []
+        self.refused = set()
         self.nchannels = check_lane_count(nchannels)
         self.blocks = <mig_mfd_block *>calloc(parser.c.nblocks or 1, sizeof(mig_mfd_block))
-        if self.blocks == NULL:
+        self.table = <mig_ram_block *>calloc(parser.c.nblocks or 1, sizeof(mig_ram_block))
+        if self.blocks == NULL or self.table == NULL:
             raise MemoryError
+        for i in range(parser.c.nblocks):
+            self.table[i] = parser.table[i]
         check(mig_mfd_receiver_open(&self.c, self.nchannels, parser.c.page_size))
         self.c.codec = _CODECS[compression]
-        self.c.ram_blocks = parser.table
+        self.c.ram_blocks = self.table
         self.c.blocks = self.blocks
         self.c.nblocks = parser.c.nblocks
 
     def __dealloc__(self):
         mig_mfd_receiver_close(&self.c)
         free(self.blocks)
+        free(self.table)
 
     def to_memory(self, size_t block, Pages pages not None, Bitmap received not None, bint fresh):
         """Put the pages of a block into memory; the arguments are those of RamParser.place()."""
@@ -322,6 +331,15 @@ cdef class MultifdReceiver:
         self.blocks[block].pages = &pages.c
         self.blocks[block].received = received.words
         self.blocks[block].fresh = fresh
+
+    def refuse(self, size_t block):
+        """Have every page of a block be an error: it is not to be sent."""
+        if block >= self.c.nblocks:
+            raise IndexError(f"block {block} of {self.c.nblocks}")
+        # no page lies inside of it then
+        self.table[block].npages = 0
+        name = self.table[block].name[:self.table[block].name_len]
+        self.refused.add((<bytes>name).decode("ascii", "backslashreplace"))
 
     def to_log(self, PageLog log not None):
         """Put all pages into a log of the same blocks."""
@@ -346,7 +364,8 @@ cdef class MultifdReceiver:
         if not 0 <= channel < <int>self.nchannels:
             raise ValueError(f"channel {channel} of {self.nchannels}")
         for i in range(self.c.nblocks):
-            if self.c.log == NULL and self.blocks[i].pages == NULL:
+            if (self.c.log == NULL and self.blocks[i].pages == NULL
+                    and self.table[i].npages):
                 raise ValueError(f"nobody takes the pages of block {i}")
         place.offset = offset
         place.npackets = 0
@@ -355,7 +374,10 @@ cdef class MultifdReceiver:
             rc = mig_mfd_receive_channel(&self.c, k, <unsigned>channel, &fd.c, &place)
         if rc in _PACKET_ERRORS:
             name = (<bytes>place.name).decode("ascii", "backslashreplace")
-            raise MultifdPacketError(_PACKET_ERRORS[rc], place.offset, name or None)
+            message = _PACKET_ERRORS[rc]
+            if name in self.refused:
+                message = f"block {name} should not be migrated"
+            raise MultifdPacketError(message, place.offset, name or None)
         check_lanes(rc)
 
     def sync(self, timeout=None):

@@ -80,6 +80,10 @@ def send(
         wanted[Capability.POSTCOPY_RAM] = True
     if background not in (None, "off"):
         values["max-postcopy-bandwidth"] = background
+    if wanted.get(Capability.PAUSE_BEFORE_SWITCHOVER):
+        raise click.UsageError(
+            "capability 'pause-before-switchover': nobody can say migrate-continue to this command"
+        )
     if Capability.RETURN_PATH not in wanted:
         wanted[Capability.RETURN_PATH] = carries_return_path(parse_uri(uri))
     with open_image(file) as image:

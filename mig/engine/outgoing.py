@@ -189,7 +189,10 @@ class OutgoingMigration(PostcopySource):
     def _run(self) -> None:
         if self._resumes:
             self._handed_over = 0
-            self._postcopy(self._prepare_search()[0]).run(None)
+            search, _ = self._prepare_search()
+            # no block list is sent
+            self._counters.total = sum(block.used_length for block in search.blocks)
+            self._postcopy(search).run(None)
             return
         channel = self._connect()
         writer = self._writer = StreamWriter(channel)
@@ -228,7 +231,6 @@ class OutgoingMigration(PostcopySource):
                 block.dirty.set(0, block.pages.npages)
         search = PageSearch(blocks, self._log, ignore_shared=self._ignores_shared)
         self._search = search
-        self._counters.total = sum(block.used_length for block in search.blocks)
         self._requests = PageRequests(search, self._wake)
         encoding = self._encoding = Encoding(
             search,

@@ -43,6 +43,7 @@ class RamSaver:
                 for b in search.listed
             )
         )
+        self._counters.total = sum(b.used_length for b in search.blocks)
         self._writer.put(header.encode(SectionType.START))
         self._writer.put(listed.encode())
         self._end_section(SectionType.START)
