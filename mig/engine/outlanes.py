@@ -9,7 +9,8 @@ from collections.abc import Callable, Sequence
 from mig import _core
 from mig.channel import Channel, connect
 from mig.channel.open import Cancel
-from mig.errors import CancelledError, MigError, as_mig_error
+from mig.engine.inlanes import named
+from mig.errors import CancelledError, MigError
 from mig.options import MultiFDCompression, Parameters
 from mig.pages import PageIndex
 from mig.ram.search import SourceBlock
@@ -70,7 +71,7 @@ class OutgoingLanes:
         except (_core.MultifdStoppedError, CancelledError):
             pass  # somebody else knows why
         except Exception as error:
-            self._error = as_mig_error(error)
+            self._error = named(error, number)
             self._failed.set()
             self._on_error(self._error)
 
