@@ -215,6 +215,7 @@ class Descriptor:
     def send(self, out: OutQueue) -> int: ...
 
 MULTIFD: Final[dict[str, int]]
+MULTIFD_FLAGS: Final[dict[str, int]]
 
 class MultifdPacketError(MigError):
     offset: int

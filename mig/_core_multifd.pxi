@@ -5,7 +5,12 @@ cdef extern from "multifd.h" nogil:
         MIG_MFD_MAGIC
         MIG_MFD_VERSION
         MIG_MFD_INIT
+        MIG_MFD_HEADER
         MIG_MFD_NAME
+        MIG_MFD_DATA
+        MIG_MFD_SYNC
+        MIG_MFD_ZLIB
+        MIG_MFD_ZSTD
         MIG_MFD_MAX_CHANNELS
         MIG_E_MFD_STOPPED
         MIG_E_MFD_GONE
@@ -71,9 +76,13 @@ MULTIFD = {
     "MAGIC": MIG_MFD_MAGIC,
     "VERSION": MIG_MFD_VERSION,
     "INIT": MIG_MFD_INIT,
+    "HEADER": MIG_MFD_HEADER,
     "NAME": MIG_MFD_NAME,
+    "DATA": MIG_MFD_DATA,
     "MAX_CHANNELS": MIG_MFD_MAX_CHANNELS,
 }
+
+MULTIFD_FLAGS = {"SYNC": MIG_MFD_SYNC, "ZLIB": MIG_MFD_ZLIB, "ZSTD": MIG_MFD_ZSTD}
 
 cdef dict _CODECS = {"none": MIG_CODEC_NONE, "zlib": MIG_CODEC_ZLIB, "zstd": MIG_CODEC_ZSTD}
 

@@ -20,6 +20,7 @@ from mig.errors import (
 )
 from mig.guest import LaneTarget
 from mig.records import MultifdInit
+from mig.wire import MULTIFD_INIT
 
 #: how long the channel that failed may take to say why (seconds)
 _LAST_WORDS = 5.0
@@ -82,8 +83,9 @@ class IncomingLanes:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of packets received."""
-        return self._receiver.nbytes if self._receiver is not None else 0
+        """Bytes received, with those that introduce the channels."""
+        packets = self._receiver.nbytes if self._receiver is not None else 0
+        return packets + len(self._seen) * MULTIFD_INIT
 
     @property
     def npages(self) -> tuple[int, int]:
