@@ -204,7 +204,7 @@ void mig_ram_place(const struct mig_kernels *k, const struct mig_pages *pages, u
 
         if (src[i] >= 0) {
             memcpy(page, buf + src[i], pages->page_size);
-        } else if (fill != 0 || !fresh || mig_bitmap_test(received, index[i])) {
+        } else if (fill != 0 || !fresh || mig_bitmap_test_atomic(received, index[i])) {
             if (!is_filled(k, page, pages->page_size, fill)) {
                 memset(page, fill, pages->page_size);
             }
