@@ -53,7 +53,9 @@ static void *receiving(void *arg)
     struct mig_mfd_place place = {.offset = MIG_MFD_INIT};
     uint8_t first[MIG_MFD_INIT];
 
-    CHECK(mig_fd_read(&l->e->in[l->id], first, MIG_MFD_INIT, MIG_MFD_INIT) == MIG_MFD_INIT);
+    if (mig_fd_read(&l->e->in[l->id], first, MIG_MFD_INIT, MIG_MFD_INIT) < MIG_MFD_INIT) {
+        return NULL; /* stopped before */
+    }
     CHECK(mig_load_be32(first) == MIG_MFD_MAGIC && first[24] == l->id);
     l->e->rc_in[l->id] =
         mig_mfd_receive_channel(&l->e->receiver, k, l->id, &l->e->in[l->id], &place);
@@ -122,6 +124,16 @@ static void start(struct ends *e, struct lane *lanes, pthread_t *threads)
         lanes[i] = (struct lane){e, i};
         CHECK(pthread_create(&threads[2 * i], NULL, sending, &lanes[i]) == 0);
         CHECK(pthread_create(&threads[2 * i + 1], NULL, receiving, &lanes[i]) == 0);
+    }
+}
+
+/* As the engine does: who waits for the other end is not told by the other end. */
+static void stop(struct ends *e)
+{
+    mig_mfd_stop(&e->sender);
+    mig_mfd_receive_stop(&e->receiver);
+    for (int i = 0; i < CHANNELS; i++) {
+        shutdown(e->out[i].fd, SHUT_RDWR);
     }
 }
 
@@ -234,8 +246,7 @@ static void lose_a_channel(bool at_source)
     CHECK(mig_mfd_sync(&e.sender) == MIG_E_MFD_STOPPED);
     rc = mig_mfd_receive_sync(&e.receiver, 60000);
     CHECK(rc == MIG_E_MFD_STOPPED || rc == MIG_E_MFD_GONE);
-    mig_mfd_stop(&e.sender);
-    mig_mfd_receive_stop(&e.receiver);
+    stop(&e);
     join(threads);
     CHECK(e.rc_out[1] == -EPIPE);
     for (int i = 0; i < CHANNELS; i++) {
@@ -248,14 +259,8 @@ static void lose_a_channel(bool at_source)
 /* Nobody reads: a stop ends every wait. */
 static void *stopping(void *arg)
 {
-    struct ends *e = arg;
-
     usleep(20000);
-    mig_mfd_stop(&e->sender);
-    mig_mfd_receive_stop(&e->receiver);
-    for (int i = 0; i < CHANNELS; i++) {
-        shutdown(e->out[i].fd, SHUT_RDWR);
-    }
+    stop(arg);
     return NULL;
 }
 
