@@ -35,6 +35,9 @@ class OutgoingLanes:
     ) -> None:
         self._sender = sender
         self._channels = tuple(channels)
+        # a channel that is closed must not be cancelled: its descriptors may be somebody else's
+        self._lock = threading.Lock()
+        self._closed = False
         self._on_error = on_error
         self._error: MigError | None = None
         self._failed = threading.Event()
@@ -103,16 +106,20 @@ class OutgoingLanes:
         """End every wait. Any thread."""
         self._failed.set()
         self._sender.stop()
-        for channel in self._channels:
-            channel.cancel()
+        with self._lock:
+            if not self._closed:
+                for channel in self._channels:
+                    channel.cancel()
 
     def close(self) -> None:
         """Wait for the threads, which have been told to finish or are cut off, and let go."""
         for thread in self._threads:
             if thread.ident is not None:
                 thread.join()
-        for channel in self._channels:
-            channel.close()
+        with self._lock:
+            self._closed = True
+            for channel in self._channels:
+                channel.close()
 
 
 def open_lanes(

@@ -69,7 +69,7 @@ def test_the_c_constants_are_those_of_wire():
     assert _core.MULTIFD["HEADER"] == wire.MULTIFD_HEADER == multifd.HEADER
     assert _core.MULTIFD["DATA"] == wire.MULTIFD_DATA == multifd.DATA
     assert _core.MULTIFD["NAME"] == 256
-    assert _core.MULTIFD_FLAGS == {flag.name: flag.value for flag in wire.MultifdFlag}
+    assert {flag.name: flag.value for flag in wire.MultifdFlag} == _core.MULTIFD_FLAGS
     assert multifd.CODEC_FLAG["zlib"] == wire.MultifdFlag.ZLIB
     assert multifd.CODEC_FLAG["zstd"] == wire.MultifdFlag.ZSTD
 
@@ -188,7 +188,7 @@ def test_octets(made, machine, compression):
         assert channel.packets[0].flags == channel.packets[-1].flags == multifd.SYNC
         for packet in channel.packets:
             if packet.flags & 1:
-                assert not (packet.normal or packet.zero or packet.block or packet.data)
+                assert [packet.normal, packet.zero, packet.block, packet.data] == [[], [], b"", b""]
             else:
                 assert packet.flags == multifd.CODEC_FLAG[compression]
                 assert packet.normal or packet.zero
