@@ -1,4 +1,4 @@
-"""A destination with multifd against sources made by hand: every field, every order, every death."""
+"""A destination with multifd against sources made by hand: fields, orders, deaths."""
 
 from __future__ import annotations
 
@@ -624,13 +624,14 @@ def test_nothing_is_taken_when_ram_has_ended(folder, place):
     """What a channel says behind the last SYNC must not reach a guest that may run already."""
     spoiled = packet(data=b"\x99" * 2 * PAGE)
     with destination(place, folder) as there:
-        main = there.connect(HEAD + FLUSHED + TAIL[: SAMPLE.end("end footer id") - SAMPLE.offset("end")])
+        end = SAMPLE.end("end footer id") - SAMPLE.offset("end")
+        main = there.connect(HEAD + FLUSHED + TAIL[:end])
         lanes = [there.connect(multifd.init(i) + packet(block) + sync())
                  for i, block in enumerate(RAM)]
         time.sleep(0.1)
         with suppress(OSError):
             for lane in lanes:
                 lane.sendall(spoiled * 3)
-        main.sendall(TAIL[SAMPLE.end("end footer id") - SAMPLE.offset("end") :])
+        main.sendall(TAIL[end:])
         assert there.outcome() is None
         assert there.contents() == expected()

@@ -21,7 +21,7 @@ import mig
 from mig.errors import CancelledError, ChannelError, IdleTimeoutError, MigError, PeerError
 
 #: of 1 KiB
-PAGES = 12 << 10
+PAGES = 4 << 10
 #: more than the buffers of the sockets hold
 MANY = 24 << 10
 CHANNELS = 3
@@ -167,9 +167,9 @@ def test_refuses_connections(guest, tmp_path, accepts):
 
 
 @pytest.mark.parametrize("return_path", [False, True], ids=["plain", "return-path"])
-@pytest.mark.parametrize("nbytes", [0, 1, 64, 5000, 1 << 18])
+@pytest.mark.parametrize("nbytes", [0, 64, 1 << 18])
 @pytest.mark.parametrize("which", [0, 2])
-def test_drops_a_channel(guest, tmp_path, which, nbytes, return_path):
+def test_drops_a_channel(large, tmp_path, which, nbytes, return_path):
     def peer(main: socket.socket, lanes: list[socket.socket]) -> None:
         threads = drain_all([lane for i, lane in enumerate(lanes) if i != which] + [main])
         read_some(lanes[which], nbytes)
@@ -177,10 +177,10 @@ def test_drops_a_channel(guest, tmp_path, which, nbytes, return_path):
         for thread in threads:
             thread.join()
 
-    error = send(guest, tmp_path, peer, return_path=return_path)
+    error = send(large, tmp_path, peer, return_path=return_path)
     assert isinstance(error, ChannelError)
     assert f"multifd channel {which}" in str(error)
-    assert guest.stops == guest.resumes
+    assert large.stops == large.resumes
 
 
 def test_drops_everything(guest, tmp_path):
@@ -206,7 +206,7 @@ def test_never_reads_some_channels(large, tmp_path, reads, compression):
 
 
 @pytest.mark.parametrize("when", ["at once", "later"])
-def test_refuses_in_words_while_its_channels_stand_still(guest, tmp_path, when):
+def test_refuses_in_words_while_its_channels_stand_still(large, tmp_path, when):
     def peer(main: socket.socket, lanes: list[socket.socket]) -> None:
         read_some(main, 30)
         if when == "later":
@@ -215,11 +215,11 @@ def test_refuses_in_words_while_its_channels_stand_still(guest, tmp_path, when):
         main.sendall(SHUT + be32(1))
         wait_for_end(main)
 
-    error = send(guest, tmp_path, peer)
+    error = send(large, tmp_path, peer)
     assert isinstance(error, PeerError)
 
 
-def test_says_the_reason_after_it_has_dropped_a_channel(guest, tmp_path):
+def test_says_the_reason_after_it_has_dropped_a_channel(large, tmp_path):
     """As mig's own destination does: what it says is the better error."""
 
     def peer(main: socket.socket, lanes: list[socket.socket]) -> None:
@@ -230,7 +230,7 @@ def test_says_the_reason_after_it_has_dropped_a_channel(guest, tmp_path):
         main.sendall(SHUT + be32(1))
         wait_for_end(main)
 
-    assert isinstance(send(guest, tmp_path, peer), PeerError)
+    assert isinstance(send(large, tmp_path, peer), PeerError)
 
 
 def test_never_confirms(guest, tmp_path):
@@ -260,7 +260,7 @@ def test_cancelled_while_nobody_reads(large, tmp_path, delay, compression):
     assert large.stops == large.resumes
 
 
-def test_a_guest_is_sent_elsewhere_after_all_that(guest, tmp_path):
+def test_a_guest_is_sent_elsewhere_after_all_that(large, tmp_path):
     """The same guest, three failures and then a destination that takes it."""
 
     def drop(main: socket.socket, lanes: list[socket.socket]) -> None:
@@ -271,12 +271,12 @@ def test_a_guest_is_sent_elsewhere_after_all_that(guest, tmp_path):
     for i in range(3):
         folder = tmp_path / str(i)
         folder.mkdir()
-        assert send(guest, folder, drop) is not None
-    with Guest({"pc.ram": b"\0" * PAGES}) as target:
+        assert send(large, folder, drop) is not None
+    with Guest({"pc.ram": b"\0" * MANY}) as target:
         incoming = mig.IncomingMigration(target.guest, capabilities={"multifd"})
         incoming.listen(f"unix:{tmp_path}/last")
-        outgoing = mig.OutgoingMigration(guest.guest, capabilities={"multifd", "return-path"})
+        outgoing = mig.OutgoingMigration(large.guest, capabilities={"multifd", "return-path"})
         outgoing.start(incoming.uri)
         assert streams.outcome(outgoing) is None
         assert streams.outcome(incoming) is None
-        assert target.contents() == guest.contents()
+        assert target.contents() == large.contents()
