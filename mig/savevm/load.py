@@ -228,6 +228,8 @@ class StreamLoader:
         self._ram.load_payload()
         self._footer()
         self._ram_ended = kind == SectionType.END
+        if self._ram_ended and self._lanes is not None:
+            self._lanes.finish()
 
     def _footer(self) -> None:
         reader = self._reader
