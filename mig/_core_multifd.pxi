@@ -38,6 +38,7 @@ cdef extern from "multifd.h" nogil:
         uint64_t nsame
 
     int mig_adaptive_open(mig_adaptive *a, size_t nslots, size_t page_size)
+    void mig_adaptive_zero(mig_adaptive *a, uint64_t address)
 
     struct mig_mfd_sender:
         mig_codec codec
@@ -244,6 +245,13 @@ cdef class MultifdSender:
         self.c.adaptive.caching = caching
         self.c.adaptive.last_stage = last_stage
         self.c.adaptive.link = link
+
+    def note_zeros(self, const uint64_t[::1] index not None, uint64_t address):
+        """Pages index[...] of the block at `address` go as zero pages, but not over a channel."""
+        cdef size_t i, n = <size_t>index.shape[0]
+        with nogil:
+            for i in range(n):
+                mig_adaptive_zero(&self.c.adaptive, address + index[i] * self.page_size)
 
     @property
     def methods(self):

@@ -87,6 +87,10 @@ class OutgoingLanes:
         """Say what compression adaptive chooses by; see MultifdSender.adapt()."""
         self._sender.adapt(generation=generation, caching=caching, last_stage=last_stage, link=link)
 
+    def note_zeros(self, index: PageIndex, *, address: int) -> None:
+        """Say that pages go as zero pages, over the main stream."""
+        self._sender.note_zeros(index, address)
+
     def send(self, block: SourceBlock, index: PageIndex, *, scan: bool, address: int) -> None:
         """Queue pages; they are read later, until the next sync."""
         self._do(

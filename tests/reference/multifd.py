@@ -17,7 +17,7 @@ CODEC_FLAG = {"none": 0, "zlib": ZLIB, "zstd": ZSTD}
 
 
 def max_pages(page_size: int) -> int:
-    return DATA // page_size
+    return max(1, DATA // page_size)
 
 
 def init(channel: int, uuid: bytes = bytes(16), *, magic: int = MAGIC, version: int = 1) -> bytes:
