@@ -36,7 +36,12 @@ def _sets(mib: int) -> dict[str, Settings]:
     A set that mig cannot do (yet) is left out of the comparison.
     """
     cache = {_CACHE: (mib << 20) // 2}
-    sets = {"plain": PLAIN, "xbzrle": Settings(("xbzrle",), cache)}
+    adaptive = {_CACHE: cache[_CACHE], "multifd-compression": "adaptive", "multifd-channels": 2}
+    sets = {
+        "plain": PLAIN,
+        "xbzrle": Settings(("xbzrle",), cache),
+        "adaptive": Settings(("multifd", "return-path"), adaptive),
+    }
     known = OUTGOING_CAPABILITIES & INCOMING_CAPABILITIES
     return {name: some for name, some in sets.items() if known.issuperset(some.capabilities)}
 

@@ -296,7 +296,7 @@ static int read_adaptive(struct lane *l, const struct mig_mfd_block *block)
     const struct mig_mfd_packet *p = &l->packet;
     size_t page_size = l->r->page_size, n = p->normal, head, raw;
     struct mig_adaptive_data d;
-    int rc = read_all(l, l->plain, n);
+    int rc = p->next_size < n ? MIG_E_MFD_SIZE : read_all(l, l->plain, n);
 
     if (rc == 0) {
         rc = mig_adaptive_methods(&d, l->plain, n, p->next_size, page_size);

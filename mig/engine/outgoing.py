@@ -13,6 +13,7 @@ from mig.channel import (
     Channel,
 )
 from mig.dirty import DirtyLog
+from mig.engine.agreement import agree_to_adapt
 from mig.engine.blockers import Blockers, Moment, Notifier
 from mig.engine.convergence import Convergence, ConvergencePolicy, Period, PolicyMaker
 from mig.engine.dirtylimit import DirtyLimit
@@ -31,7 +32,6 @@ from mig.errors import (
     IdleTimeoutError,
     MigError,
     OptionError,
-    PeerError,
 )
 from mig.events import Event, PassStarted
 from mig.guest import SourceGuest, UnpluggingGuest
@@ -49,7 +49,7 @@ from mig.records import Command, FileHeader
 from mig.state import OUTGOING, Input, Status, Table
 from mig.stats import MigrationInfo, RamStats
 from mig.stream.writer import StreamWriter
-from mig.wire import ADAPTIVE_READY, PING_ADAPTIVE, PING_SETUP, CommandType
+from mig.wire import PING_SETUP, CommandType
 
 #: seconds in which a destination that has everything may still confirm when it is cancelled
 _LAST_CALL = 2.0
@@ -253,7 +253,8 @@ class OutgoingMigration(PostcopySource):
         if Capability.MULTIFD not in self.capabilities or not search.listed:
             return encoding.main_stream(writer)
         if adapts(self.parameters):
-            self._agree_to_adapt(writer)
+            assert self._return_path is not None
+            agree_to_adapt(writer, self._return_path, self.parameters.timeout)
         configuration = self._guest.configuration
         lanes = open_lanes(
             self._uri,
@@ -269,19 +270,6 @@ class OutgoingMigration(PostcopySource):
         lanes.start()
         machine = configuration.machine if configuration else None
         return encoding.multifd(writer, lanes, machine)
-
-    def _agree_to_adapt(self, writer: StreamWriter) -> None:
-        """Ask, in a way that every QEMU answers without harm, whether mig is at the other end."""
-        return_path = self._return_path
-        assert return_path is not None
-        writer.put(Command.ping(PING_ADAPTIVE).encode())
-        writer.flush()
-        return_path.wait_until(lambda: PING_ADAPTIVE in return_path.pongs, self.parameters.timeout)
-        if ADAPTIVE_READY not in return_path.pongs:
-            raise PeerError(
-                "the destination does not take multifd-compression adaptive: it must be mig, with "
-                "the same parameter"
-            )
 
     def _period_over(self, period: Period, guest_runs: bool) -> None:
         if self._saver is not None:

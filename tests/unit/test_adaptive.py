@@ -23,6 +23,7 @@ from mig import (
     wire,
 )
 from mig.errors import OptionError, PeerError
+from mig.events import PassStarted
 
 BOTH = {"multifd", "return-path"}
 OLD, MIDDLE, NEW = "pc-i440fx-7.2", "pc-q35-8.2", "pc-q35-10.0"
@@ -295,3 +296,201 @@ class Everything:
     @staticmethod
     def choice(npages: int, count: int, *, replace: bool) -> range:
         return range(npages)
+
+
+@pytest.mark.parametrize("machine", [OLD, NEW])
+@pytest.mark.parametrize("cached", [0, 64, 1024])
+def test_a_captured_guest(made, tmp_path, cached, machine):
+    """Into a file, and from there on: its pages lie anywhere in it."""
+    guests, path = Guests(PAGE, 300, 3, 5, machine), tmp_path / "vm.mig"
+    given = {"max_bandwidth": 40 << 20, "xbzrle_cache_size": max(1, cached) * PAGE}
+    outgoing, _, _ = carried(made, guests, StreamCapture(path), PAGE, channels=3, **given)
+    assert bool(outgoing.query().adaptive.delta) == bool(cached)
+    with open_image(path) as image:
+        assert [block.missing for block in image.blocks] == [0, 0]
+        incoming = made.incoming(guests.target, capabilities={"multifd"}, parameters=ADAPTIVE)
+        incoming.listen("tcp:127.0.0.1:0")
+        again = made.outgoing(image, capabilities=BOTH, parameters=ADAPTIVE)
+        again.start(incoming.uri)
+        assert again.wait(FOREVER)
+        assert incoming.wait(FOREVER)
+    assert guests.contents(1) == guests.contents(0)
+
+
+# ---- a guest that runs -------------------------------------------------------------------------
+
+
+def between(made, source, target, **parameters):
+    """Migrate from guest to guest; returns the two migrations."""
+    both = {**ADAPTIVE, "multifd-channels": 3}
+    incoming = made.incoming(target, capabilities={"multifd"}, parameters=both)
+    incoming.listen("tcp:127.0.0.1:0")
+    own = {name.replace("_", "-"): value for name, value in parameters.items()}
+    outgoing = made.outgoing(source, capabilities=BOTH, parameters={**both, **own})
+    outgoing.start(incoming.uri)
+    return outgoing, incoming
+
+
+@pytest.fixture
+def living():
+    """Makes guests of threads, and ends them with the test."""
+    with contextlib.ExitStack() as stack:
+        yield lambda *args, **kw: stack.enter_context(ProcessGuest(*args, **kw))
+
+
+@pytest.mark.parametrize("bandwidth", [0, 20 << 20], ids=["unlimited", "limited"])
+@pytest.mark.parametrize(
+    ("pattern", "fill"), [("words", "random"), ("full", "random"), ("full", "compressible")]
+)
+def test_a_guest_that_writes(made, living, pattern, fill, bandwidth):
+    guest, target = (
+        living(8 << 20, rate=40 << 20, workers=2, pattern=pattern, fill=fill) for _ in range(2)
+    )
+    guest.start()
+    passes = []
+
+    def enough(event) -> None:
+        """Go on for some passes, whatever the link."""
+        if isinstance(event, PassStarted):
+            passes.append(event.number)
+            if event.number == 5:
+                outgoing.set_parameters({"downtime-limit": 2000})
+
+    both = {**ADAPTIVE, "multifd-channels": 3}
+    incoming = made.incoming(target, capabilities={"multifd"}, parameters=both)
+    incoming.listen("tcp:127.0.0.1:0")
+    outgoing = made.outgoing(
+        guest,
+        capabilities=BOTH,
+        parameters={**both, "max-bandwidth": bandwidth, "downtime-limit": 0},
+        on_event=enough,
+    )
+    outgoing.start(incoming.uri)
+    assert outgoing.wait(60)
+    assert incoming.wait(FOREVER)
+    report = target.verify()
+    assert (report.ncorrupt, report.ledger_ok) == (0, True)
+    info = outgoing.query()
+    assert len(passes) >= 5
+    assert info.ram.multifd_bytes == incoming.query().ram.multifd_bytes
+    if pattern == "words":
+        assert info.adaptive.delta
+    if fill == "random":
+        assert info.adaptive.raw
+    if fill == "compressible" and bandwidth:
+        assert info.adaptive.zstd > info.adaptive.raw
+
+
+def test_what_is_chosen_when(made):
+    """By a link of which only the limit counts: no differences to pages, without a first pass."""
+    guests = Guests(PAGE, 300, 1, 0, NEW)
+    guests.source.dirty_log = lambda: None
+    outgoing, _, _ = carried(made, guests, guests.target, PAGE, max_bandwidth=20 << 20)
+    stats = outgoing.query().adaptive
+    assert (stats.delta, stats.unchanged) == (0, 0)
+    # a third of the pages is of one pattern, a third random, the others zeros
+    assert stats.zstd == 100 + 2
+    assert stats.raw == 100 + 3
+
+
+def test_other_compressions_have_no_such_statistics(made):
+    source, target = Box(1), Box()
+    incoming = made.incoming(target.guest, capabilities={"multifd"})
+    incoming.listen("tcp:127.0.0.1:0")
+    outgoing = made.outgoing(source.guest, capabilities=BOTH)
+    outgoing.start(incoming.uri)
+    assert outgoing.wait(FOREVER)
+    assert outgoing.query().adaptive is None
+
+
+# ---- the agreement -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("compression", ["none", "zlib", "zstd", None])
+def test_a_destination_that_does_not_do_it(made, compression):
+    """No channel is opened, and the guest goes on; so it does elsewhere."""
+    source, target = Box(2), Box()
+    incoming = made.incoming(
+        target.guest,
+        capabilities={"multifd"} if compression else set(),
+        parameters={"multifd-compression": compression} if compression else {},
+    )
+    incoming.listen("tcp:127.0.0.1:0")
+    middle = Middle(1)
+    middle.start(incoming.uri)
+    outgoing = made.outgoing(source.guest, capabilities=BOTH, parameters=ADAPTIVE)
+    outgoing.start(middle.uri)
+    error = error_of(outgoing)
+    assert isinstance(error, PeerError)
+    assert "does not take multifd-compression adaptive" in str(error)
+    assert outgoing.status == Status.FAILED
+    assert source.calls.count("stop") == source.calls.count("resume")
+    ended(incoming)
+    assert incoming.status == Status.FAILED
+    assert [bytes(said[:4]) for said in middle.said] == [b"QEVM"]
+
+    outgoing, incoming = between(made, source.guest, target.guest)
+    assert outgoing.wait(FOREVER)
+    assert incoming.wait(FOREVER)
+    assert target.same_as(source)
+
+
+def answers(value: int) -> bytes:
+    return struct.pack(">HHI", wire.ReturnType.PONG, 4, value)
+
+
+@pytest.mark.parametrize(
+    ("said", "match"),
+    [
+        ([wire.PING_SETUP, wire.PING_ADAPTIVE], "does not take"),
+        ([wire.PING_ADAPTIVE, wire.ADAPTIVE_READY - 1], "does not take"),
+        ([wire.ADAPTIVE_READY], "does not take"),  # it is not known what else it had to say
+        ([], "does not take"),
+        (None, "went away"),
+    ],
+    ids=["QEMU", "another", "no end", "silent", "gone"],
+)
+def test_a_destination_that_answers_something_else(made, said, match):
+    source = Box(3)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.settimeout(FOREVER)
+        outgoing = made.outgoing(
+            source.guest, capabilities=BOTH, parameters={**ADAPTIVE, "idle-timeout": 0.5}
+        )
+        outgoing.start(f"tcp:127.0.0.1:{listener.getsockname()[1]}")
+        sock, _ = listener.accept()
+        with sock:
+            sock.recv(1 << 16)
+            for value in said or []:
+                sock.sendall(answers(value))
+            if said is None:
+                sock.shutdown(socket.SHUT_RDWR)
+            error = error_of(outgoing)
+        listener.settimeout(0.05)
+        with pytest.raises(TimeoutError):
+            listener.accept()
+    assert isinstance(error, PeerError)
+    assert match in str(error)
+    assert source.calls.count("stop") == source.calls.count("resume")
+
+
+def test_it_cannot_be_without_a_return_path(made):
+    with pytest.raises(OptionError, match="return-path"):
+        made.outgoing(Box(4).guest, capabilities={"multifd"}, parameters=ADAPTIVE).start(
+            "tcp:127.0.0.1:1"
+        )
+
+
+def test_nothing_of_it_is_said_without_it(made):
+    """A destination of mig's that could is not answered, and one of QEMU's not asked."""
+    guests = Guests(PAGE, 40, 1, 2, NEW)
+    incoming = made.incoming(guests.target, capabilities={"multifd"})
+    incoming.listen("tcp:127.0.0.1:0")
+    middle = Middle(3)
+    middle.start(incoming.uri)
+    outgoing = made.outgoing(guests.source, capabilities=BOTH)
+    outgoing.start(middle.uri)
+    assert outgoing.wait(FOREVER)
+    main, lanes = middle.result(PAGE)
+    assert struct.pack(">I", wire.PING_ADAPTIVE) not in main
+    assert all(p.flags & ~multifd.SYNC == 0 for lane in lanes for p in lane.packets)
