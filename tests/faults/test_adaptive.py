@@ -238,15 +238,12 @@ def test_a_channel_that_dies_inside_the_data(folder, place, kind):
             assert (error.section, error.offset) == ("multifd channel 0", FIRST)
 
 
-@pytest.mark.parametrize("seed", range(40))
+@pytest.mark.parametrize("seed", range(16))
 def test_a_wrong_bit(folder, seed):
     """An error that says where, or other pages; never anything else."""
     choose = random.Random(seed)
-    data = bytearray(
-        adaptive.encode([(DELTA, SMALL), (ZSTD, choose.randbytes(32) * 32)][:: choose.choice((1, -1))])
-        if seed % 2 == 0
-        else adaptive.encode([(ZSTD, (choose.randbytes(32) * 32)), (DELTA, SMALL)])
-    )
+    mixed = [(DELTA, SMALL), (ZSTD, choose.randbytes(32) * 32)]
+    data = bytearray(adaptive.encode(mixed[:: choose.choice((1, -1))]))
     data[choose.randrange(min(40, len(data)))] ^= 1 << choose.randrange(8)
     with destination("memory", folder, channels=1, **ADAPTIVE) as there:
         there.connect(HEAD + FLUSHED + TAIL)
