@@ -90,6 +90,12 @@ static inline bool mig_bitmap_test(const uint64_t *words, uint64_t bit)
     return words[bit / 64] >> (bit % 64) & 1;
 }
 
+/* The same of a bitmap that other threads set bits of. */
+static inline bool mig_bitmap_test_atomic(const uint64_t *words, uint64_t i)
+{
+    return __atomic_load_n(&words[i / 64], __ATOMIC_RELAXED) >> (i % 64) & 1;
+}
+
 static inline void mig_bitmap_put(uint64_t *words, uint64_t bit)
 {
     words[bit / 64] |= UINT64_C(1) << (bit % 64);

@@ -33,14 +33,17 @@ int mig_mfd_receiver_open(struct mig_mfd_receiver *r, unsigned nchannels, size_t
     r->page_size = page_size;
     r->nchannels = nchannels;
     r->reached = calloc(nchannels, sizeof(*r->reached));
-    r->gone = calloc(nchannels, sizeof(*r->gone));
+    r->ended = calloc(nchannels, sizeof(*r->ended));
+    for (unsigned i = 0; r->ended && i < nchannels; i++) {
+        r->ended[i] = -1;
+    }
     pthread_condattr_init(&clock);
     pthread_condattr_setclock(&clock, CLOCK_MONOTONIC);
     pthread_mutex_init(&r->lock, NULL);
     pthread_cond_init(&r->arrived, &clock);
     pthread_cond_init(&r->released, NULL);
     pthread_condattr_destroy(&clock);
-    return r->reached && r->gone ? 0 : MIG_E_NOMEM;
+    return r->reached && r->ended ? 0 : MIG_E_NOMEM;
 }
 
 void mig_mfd_receiver_close(struct mig_mfd_receiver *r)
@@ -51,7 +54,7 @@ void mig_mfd_receiver_close(struct mig_mfd_receiver *r)
         pthread_cond_destroy(&r->released);
     }
     free(r->reached);
-    free(r->gone);
+    free(r->ended);
     memset(r, 0, sizeof(*r));
 }
 
@@ -89,7 +92,7 @@ static int all_arrived(const struct mig_mfd_receiver *r)
     }
     for (unsigned i = 0; i < r->nchannels; i++) {
         if (r->reached[i] <= r->syncs) {
-            if (r->gone[i]) {
+            if (r->ended[i] >= 0) {
                 return MIG_E_MFD_GONE;
             }
             all = 0;
@@ -343,16 +346,37 @@ static int take_pages(struct lane *l)
     return rc;
 }
 
-static void count(struct lane *l)
+/* Accounts for the packet. A peer that never lets us wait must not keep us from seeing the end. */
+static int count(struct lane *l)
 {
     struct mig_mfd_receiver *r = l->r;
     const struct mig_mfd_packet *p = &l->packet;
+    int rc;
 
     pthread_mutex_lock(&r->lock);
     r->nbytes += mig_mfd_packet_nbytes(r->page_size) + (p->normal ? p->next_size : 0);
     r->nnormal += p->normal;
     r->nzero += p->zero;
+    rc = state(r);
     pthread_mutex_unlock(&r->lock);
+    return rc;
+}
+
+/* The head of the next packet: its length, less where the connection ends before. The idle limit
+ * begins with its first byte: a channel may have nothing to do for long while others have. */
+static int64_t read_head(const struct lane *l, size_t nbytes)
+{
+    struct mig_fd patient = *l->fd;
+    int64_t first, more = 0;
+
+    patient.timeout_ms = -1;
+    first = mig_fd_read(&patient, l->head, 1, nbytes);
+    if (first > 0 && (size_t)first < nbytes) {
+        size_t rest = nbytes - (size_t)first;
+
+        more = mig_fd_read(l->fd, l->head + first, rest, rest);
+    }
+    return more < 0 ? more : first + more;
 }
 
 /* Packet after packet; 0 when the connection ends between two of them. */
@@ -361,7 +385,7 @@ static int work(struct lane *l, struct mig_mfd_place *place)
     size_t nbytes = mig_mfd_packet_nbytes(l->r->page_size);
 
     for (;;) {
-        int64_t n = mig_fd_read(l->fd, l->head, nbytes, nbytes);
+        int64_t n = read_head(l, nbytes);
         int rc = 0;
 
         if (n <= 0) {
@@ -377,7 +401,7 @@ static int work(struct lane *l, struct mig_mfd_place *place)
             rc = take_pages(l);
         }
         if (rc == 0) {
-            count(l);
+            rc = count(l);
             place->offset += nbytes + (l->packet.normal ? l->packet.next_size : 0);
             place->npackets++;
         }
@@ -446,7 +470,7 @@ int mig_mfd_receive_channel(struct mig_mfd_receiver *r, const struct mig_kernels
     }
     close_lane(&l);
     pthread_mutex_lock(&r->lock);
-    r->gone[id] = true;
+    r->ended[id] = (int64_t)place->offset;
     r->stopped = r->stopped || rc < 0;
     pthread_cond_broadcast(&r->arrived);
     pthread_cond_broadcast(&r->released);

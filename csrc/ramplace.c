@@ -27,7 +27,7 @@ int mig_ram_place(const struct mig_kernels *k, struct mig_ram_parser *p,
             rc = k->xbzrle_decode(buf + p->src[i], p->length[i], page, page_size);
         } else if (p->kind[i] == MIG_RAM_COMPRESS) {
             memcpy(page, p->unpacked + packed++ * page_size, page_size);
-        } else if (fill != 0 || !fresh || mig_bitmap_test(received, index)) {
+        } else if (fill != 0 || !fresh || mig_bitmap_test_atomic(received, index)) {
             if (!is_filled(k, page, page_size, fill)) {
                 memset(page, fill, page_size);
             }

@@ -5,7 +5,12 @@ cdef extern from "multifd.h" nogil:
         MIG_MFD_MAGIC
         MIG_MFD_VERSION
         MIG_MFD_INIT
+        MIG_MFD_HEADER
         MIG_MFD_NAME
+        MIG_MFD_DATA
+        MIG_MFD_SYNC
+        MIG_MFD_ZLIB
+        MIG_MFD_ZSTD
         MIG_MFD_MAX_CHANNELS
         MIG_E_MFD_STOPPED
         MIG_E_MFD_GONE
@@ -18,7 +23,7 @@ cdef extern from "multifd.h" nogil:
 
     int MIG_E_CODEC_DATA, MIG_E_CODEC_SHORT, MIG_E_CODEC_LONG
     int MIG_E_MFD_MAGIC, MIG_E_MFD_VERSION, MIG_E_MFD_PAGES, MIG_E_MFD_NAME, MIG_E_MFD_OFFSET
-    int MIG_E_MFD_SIZE, MIG_E_MFD_CODEC, MIG_E_MFD_CUT
+    int MIG_E_MFD_SIZE, MIG_E_MFD_CODEC, MIG_E_MFD_CUT, MIG_E_MFD_FLAGS
 
     enum:
         MIG_METHOD_RAW
@@ -66,6 +71,9 @@ cdef extern from "multifd.h" nogil:
         size_t nblocks
         mig_pagelog *log
         pthread_mutex_t *log_lock
+        uint64_t syncs
+        uint64_t *reached
+        int64_t *ended
         uint64_t nbytes, nnormal, nzero
 
     struct mig_mfd_place:
@@ -84,9 +92,13 @@ MULTIFD = {
     "MAGIC": MIG_MFD_MAGIC,
     "VERSION": MIG_MFD_VERSION,
     "INIT": MIG_MFD_INIT,
+    "HEADER": MIG_MFD_HEADER,
     "NAME": MIG_MFD_NAME,
+    "DATA": MIG_MFD_DATA,
     "MAX_CHANNELS": MIG_MFD_MAX_CHANNELS,
 }
+
+MULTIFD_FLAGS = {"SYNC": MIG_MFD_SYNC, "ZLIB": MIG_MFD_ZLIB, "ZSTD": MIG_MFD_ZSTD}
 
 cdef dict _CODECS = {
     "none": MIG_CODEC_NONE,
@@ -97,6 +109,7 @@ cdef dict _CODECS = {
 
 cdef dict _PACKET_ERRORS = {
     MIG_E_MFD_MAGIC: "no multifd packet starts here",
+    MIG_E_MFD_FLAGS: "multifd packet with flags that are not known here",
     MIG_E_MFD_VERSION: "multifd packet of a version other than 1",
     MIG_E_MFD_PAGES: "multifd packet with more pages than one can have",
     MIG_E_MFD_NAME: "multifd packet names a block that the block list does not have",
@@ -393,6 +406,13 @@ cdef class MultifdReceiver:
     def stop(self):
         """End every wait of the channels for each other. Any thread."""
         mig_mfd_receive_stop(&self.c)
+
+    @property
+    def ended(self):
+        """By channel, the offset at which it ended before the SYNC that others are waiting at."""
+        cdef unsigned i
+        return {i: self.c.ended[i] for i in range(self.nchannels)
+                if self.c.ended[i] >= 0 and self.c.reached[i] <= self.c.syncs}
 
     @property
     def nbytes(self):

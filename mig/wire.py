@@ -20,6 +20,10 @@ MULTIFD_MAGIC: Final = 0x11223344
 MULTIFD_VERSION: Final = 1
 #: bytes of the packet that introduces a channel (MultiFDInit_t)
 MULTIFD_INIT: Final = 64
+#: bytes of a packet before its offsets (MultiFDPacket_t)
+MULTIFD_HEADER: Final = 320
+#: bytes of the pages of a packet, at most (MULTIFD_PACKET_SIZE)
+MULTIFD_DATA: Final = 512 << 10
 
 
 class SectionType(IntEnum):
@@ -118,6 +122,14 @@ class RamFlag(IntFlag):
     HOOK = 0x80
     COMPRESS_PAGE = 0x100
     MULTIFD_FLUSH = 0x200
+
+
+class MultifdFlag(IntFlag):
+    """Flags of a multifd packet (MULTIFD_FLAG_*)."""
+
+    SYNC = 1
+    ZLIB = 1 << 1
+    ZSTD = 2 << 1
 
 
 #: idstr and version of the RAM section

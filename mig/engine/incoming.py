@@ -91,7 +91,7 @@ class IncomingMigration(Migration):
         if Capability.MULTIFD in self.capabilities:
             require_many_connections(uri)
             if not isinstance(self._guest, LaneTarget):
-                raise OptionError("Multifd is not supported by this guest (it has no open_lanes)")
+                raise OptionError("Multifd is not supported by this guest (it is no LaneTarget)")
         self._listener = Listener(uri)
         self.uri = self._listener.uri
         try:
@@ -120,6 +120,9 @@ class IncomingMigration(Migration):
             self._watch_for_more_connections()
         with self._lock:
             self._channel = channel
+            if self._error is not None:
+                # a channel failed before there was a connection to interrupt
+                raise self._error
         self._move(Input.CONNECTED)
         self._mark("connected")
         return reader
@@ -132,9 +135,12 @@ class IncomingMigration(Migration):
             parameters.multifd_channels,
             str(parameters.multifd_compression),
             parameters.timeout,
+            self._guest.uuid,
             self._lane_failed,
         )
-        connections = Connections(listener, parameters.timeout, self._lanes.serve)
+        connections = Connections(
+            listener, parameters.timeout, self._lanes.serve, self._lane_failed
+        )
         with self._lock:
             self._connections = connections
         return connections.main(self._cancel)
@@ -156,17 +162,9 @@ class IncomingMigration(Migration):
             page_size=self._page_size,
             decompress_threads=self.parameters.decompress_threads,
             lanes=self._lanes,
-            on_ram_end=self._end_ram,
             capabilities=self.capabilities,
         )
         loader.run()
-
-    def _end_ram(self) -> None:
-        """From here on nobody but this thread may touch what was loaded."""
-        if self._lanes is not None:
-            self._stop_watching()
-            if self._error is not None:
-                raise self._error
 
     def _on_command(self, command: Command) -> None:
         if command.type == CommandType.OPEN_RETURN_PATH:

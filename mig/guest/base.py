@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from typing import Protocol, runtime_checkable
+from uuid import UUID
 
 from mig import _core
 from mig.dirty import DirtyLog
@@ -123,6 +124,10 @@ class DestinationGuest(LoadTarget, Protocol):
 @runtime_checkable
 class LaneTarget(Protocol):
     """What a DestinationGuest needs besides for capability multifd."""
+
+    @property
+    def uuid(self) -> UUID | None:
+        """Which machine it is, if it knows."""
 
     def open_lanes(
         self, receiver: _core.MultifdReceiver, parser: _core.RamParser, section_id: int

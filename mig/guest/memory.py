@@ -118,6 +118,11 @@ class MemoryGuest:
 
     # ---- destination ------------------------------------------------------------------------
 
+    @property
+    def uuid(self) -> UUID | None:
+        """Which machine it is, if it knows."""
+        return self._uuid
+
     def configure(self, configuration: Configuration | None) -> None:
         """MismatchError unless machine type, and UUID if both have one, are this guest's."""
         if configuration is None:

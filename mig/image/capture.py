@@ -8,6 +8,7 @@ import secrets
 import stat
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from uuid import UUID
 
 from mig import _core
 from mig.errors import ChannelError, MismatchError
@@ -109,6 +110,11 @@ class StreamCapture:
         if parser.npages:
             with self._naming_file():
                 self._open_log(parser).put(data, start)
+
+    @property
+    def uuid(self) -> UUID | None:
+        """None: any machine can be captured."""
+        return None
 
     def open_lanes(
         self, receiver: _core.MultifdReceiver, parser: _core.RamParser, section_id: int

@@ -39,6 +39,9 @@ class PageLanes(Protocol):
     def sync(self) -> None:
         """Wait until every channel has come to this place."""
 
+    def finish(self) -> None:
+        """The section has ended: from now on they bring nothing."""
+
 
 class RamLoader:
     """Reads payloads of the `ram` section of one stream.

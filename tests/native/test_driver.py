@@ -51,6 +51,11 @@ TARGETS = {
         ["fuzz_xbzrle.c", "simple_xbzrle.c"],
         b"\x0c\0\0" + b"\0\x01A" + b"\x80\x01\x02BC",
     ),
+    "fuzz_multifd": (
+        ["fuzz_multifd.c"],
+        # zlib; two pages with contents and one without, then a SYNC
+        b"\x01" + b"\x02\x02\x01\0\0\0\0\x02\x01\x02\x03AaBb" + b"\x01" + bytes(7),
+    ),
 }
 
 
@@ -72,6 +77,14 @@ def test_neon_kernels_on_an_emulated_cpu(tmp_path: Path) -> None:
     flags = ["-O2", "-static", "-pthread"]
     program = build(tmp_path / "driver", compiler, DRIVER, flags, codecs=False)
     assert families_that_ran(run(emulator, program)) == {"neon", "scalar"}
+
+
+@pytest.mark.parametrize("sanitizers", ["thread", "address,undefined"])
+def test_multifd_channels_at_both_ends(tmp_path: Path, sanitizers: str) -> None:
+    clang = tool("clang", "clang libclang-rt-dev")
+    flags = ["-O1", f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all", "-pthread"]
+    program = build(tmp_path / "multifd", clang, ["multifd.c"], flags)
+    assert run(program) == "fine\n"
 
 
 @pytest.mark.parametrize("target", TARGETS)
