@@ -4,7 +4,7 @@
  * must agree. SYNCs are released beforehand, so that none waits.
  *
  *   recipe  := options packet*
- *   options := byte: bits 0-1 codec, 2 raw, 3 memory that is not fresh
+ *   options := byte: bits 0-1 codec (3: adaptive), 2 raw, 3 memory that is not fresh
  *   packet  := flags normal zero name length(2) excess how offset* data
  */
 #include <sys/mman.h>
@@ -39,9 +39,50 @@ struct channel {
     size_t nbytes;
 };
 
+/* Data of an adaptive packet: of each page the method, and what differs, are the input's. */
+static size_t put_adaptive(struct input *in, const uint8_t *pages, size_t npages,
+                           struct mig_coder *coder, uint8_t *out)
+{
+    static uint8_t zstd[MIG_MFD_DATA], raw[MIG_MFD_DATA], deltas[5 * 64];
+    size_t nzstd = 0, nraw = 0, ndelta = 0, used = 0, at = npages;
+
+    for (size_t i = 0; i < npages; i++) {
+        const uint8_t *page = pages + i * PAGE_SIZE;
+
+        out[i] = take(in) % 8;
+        if (out[i] == MIG_METHOD_DELTA) {
+            uint8_t skip = take(in), length = take(in) % 4;
+
+            mig_store_be16(out + at + 2 * ndelta++, 2u + length);
+            deltas[used++] = skip & 0x7f;
+            deltas[used++] = length;
+            memcpy(deltas + used, page, length);
+            used += length;
+        } else if (out[i] == MIG_METHOD_ZSTD) {
+            memcpy(zstd + nzstd++ * PAGE_SIZE, page, PAGE_SIZE);
+        } else {
+            out[i] = out[i] == 7 ? 7 : MIG_METHOD_RAW; /* 7: no method */
+            memcpy(raw + nraw++ * PAGE_SIZE, page, PAGE_SIZE);
+        }
+    }
+    at += 2 * ndelta;
+    memcpy(out + at, deltas, used);
+    at += used;
+    if (nzstd) {
+        int64_t n = mig_encode(coder, zstd, nzstd * PAGE_SIZE, out + at + 4,
+                               mig_codec_bound(MIG_CODEC_ZSTD, nzstd * PAGE_SIZE));
+
+        CHECK(n >= 0);
+        mig_store_be32(out + at, (uint32_t)n);
+        at += 4 + (size_t)n;
+    }
+    memcpy(out + at, raw, nraw * PAGE_SIZE);
+    return at + nraw * PAGE_SIZE;
+}
+
 /* Data of a packet: from the input, or pages made of it, and those perhaps encoded. */
 static size_t put_data(struct input *in, size_t length, size_t npages, unsigned how,
-                       struct mig_coder *coder, uint8_t *out)
+                       bool adaptive, struct mig_coder *coder, uint8_t *out)
 {
     static uint8_t plain[MIG_MFD_DATA];
     size_t nbytes = npages * PAGE_SIZE;
@@ -64,12 +105,16 @@ static size_t put_data(struct input *in, size_t length, size_t npages, unsigned 
         memcpy(out, plain, nbytes);
         return nbytes;
     }
+    if (adaptive) {
+        return put_adaptive(in, plain, npages, coder, out);
+    }
     n = mig_encode(coder, plain, nbytes, out, mig_codec_bound(coder->codec, nbytes));
     CHECK(n >= 0);
     return (size_t)n;
 }
 
-static void put_packet(struct input *in, struct channel *c, struct mig_coder *coder)
+static void put_packet(struct input *in, struct channel *c, bool adaptive,
+                       struct mig_coder *coder)
 {
     uint8_t *head = c->bytes + c->nbytes, *data = head + mig_mfd_packet_nbytes(PAGE_SIZE);
     uint64_t page[2 * 64] = {0};
@@ -95,7 +140,8 @@ static void put_packet(struct input *in, struct channel *c, struct mig_coder *co
 
         page[i] = at == 0xff ? UINT64_MAX / PAGE_SIZE : at % 20;
     }
-    length = put_data(in, length, p.normal < MAX_PAGES ? p.normal : MAX_PAGES, how, coder, data);
+    length = put_data(in, length, p.normal < MAX_PAGES ? p.normal : MAX_PAGES, how, adaptive,
+                      coder, data);
     p.next_size = (uint32_t)(length + (size_t)(int)(int8_t)excess);
     if (p.normal + p.zero <= MAX_PAGES) {
         mig_mfd_put(&p, PAGE_SIZE, head);
@@ -121,7 +167,7 @@ static void put_packet(struct input *in, struct channel *c, struct mig_coder *co
 static enum mig_codec codec_of(uint8_t options)
 {
     static const enum mig_codec codecs[] = {MIG_CODEC_NONE, MIG_CODEC_ZLIB, MIG_CODEC_ZSTD,
-                                            MIG_CODEC_NONE};
+                                            MIG_CODEC_ADAPTIVE};
 
     return codecs[options & 3];
 }
@@ -129,6 +175,7 @@ static enum mig_codec codec_of(uint8_t options)
 static void make_channel(struct input *in, uint8_t options, struct channel *c)
 {
     struct mig_coder coder;
+    bool adaptive = codec_of(options) == MIG_CODEC_ADAPTIVE;
 
     c->nbytes = 0;
     if (options & RAW) {
@@ -136,9 +183,9 @@ static void make_channel(struct input *in, uint8_t options, struct channel *c)
         memcpy(c->bytes, in->at, in->left);
         return;
     }
-    CHECK(mig_encoder_open(&coder, codec_of(options), 1) == 0);
+    CHECK(mig_encoder_open(&coder, adaptive ? MIG_CODEC_ZSTD : codec_of(options), 1) == 0);
     while (in->left && c->nbytes < ROOM / 2) {
-        put_packet(in, c, &coder);
+        put_packet(in, c, adaptive, &coder);
     }
     mig_encoder_close(&coder);
 }
@@ -158,6 +205,18 @@ static const struct mig_kernels *kernels(void)
     return k;
 }
 
+/* A difference to a page that never came is one to zeros in the log: so it is in memory then. */
+static bool is_fresh(uint8_t options)
+{
+    return !(options & STALE) || codec_of(options) == MIG_CODEC_ADAPTIVE;
+}
+
+static bool is_delta_error(int rc)
+{
+    return rc == MIG_E_XBZRLE_TRUNCATED || rc == MIG_E_XBZRLE_LENGTH ||
+           rc == MIG_E_XBZRLE_PAST_PAGE;
+}
+
 /* Receives the channel's bytes; the log is NULL for memory. */
 static int receive(const struct channel *c, uint8_t options, struct guest *g,
                    struct mig_pagelog *log, struct mig_mfd_place *place)
@@ -171,11 +230,12 @@ static int receive(const struct channel *c, uint8_t options, struct guest *g,
     CHECK(pwrite(fd.fd, c->bytes, c->nbytes, 0) == (ssize_t)c->nbytes);
     CHECK(mig_mfd_receiver_open(&r, 1, PAGE_SIZE) == 0);
     for (int i = 0; i < NBLOCKS; i++) {
-        table[i] = (struct mig_mfd_block){.ram = blocks[i], .received = &g->received[i],
+        table[i] = (struct mig_mfd_block){.received = &g->received[i],
                                           .pages = log ? NULL : &g->pages[i],
-                                          .fresh = !(options & STALE), .where = g->where[i]};
+                                          .fresh = is_fresh(options), .where = g->where[i]};
     }
     r.codec = codec_of(options);
+    r.ram_blocks = blocks;
     r.blocks = table;
     r.nblocks = NBLOCKS;
     r.log = log;
@@ -185,7 +245,8 @@ static int receive(const struct channel *c, uint8_t options, struct guest *g,
     rc = mig_mfd_receive_channel(&r, kernels(), 0, &fd, place);
     CHECK(place->offset <= c->nbytes);
     CHECK(rc == 0 || (rc <= MIG_E_CODEC_DATA && rc >= MIG_E_CODEC_LONG) ||
-          (rc <= MIG_E_MFD_MAGIC && rc >= MIG_E_MFD_CUT) || rc == MIG_E_MFD_FLAGS);
+          (rc <= MIG_E_MFD_MAGIC && rc >= MIG_E_MFD_CUT) || rc == MIG_E_MFD_FLAGS ||
+          is_delta_error(rc));
     CHECK(rc != 0 || place->offset == c->nbytes);
     CHECK(r.ended[0] == (int64_t)place->offset && r.nbytes == place->offset);
     mig_mfd_receiver_close(&r);
@@ -215,10 +276,11 @@ static void compare(const struct guest *g, const struct mig_pagelog *log)
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 {
-    static uint8_t zeros[PAGE_SIZE];
+    static uint8_t zeros[PAGE_SIZE], scratch[PAGE_SIZE];
     static struct channel c;
     struct input in = {.at = data, .left = size};
-    struct mig_pagelog log = {.current = -1, .page_size = PAGE_SIZE, .zeros = zeros};
+    struct mig_pagelog log = {.current = -1, .page_size = PAGE_SIZE, .zeros = zeros,
+                              .scratch = scratch, .kernels = kernels()};
     struct mig_mfd_place into_memory, into_log;
     struct guest g = {.received = {0}};
     uint8_t options = take(&in);
@@ -232,7 +294,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
         size_t nbytes = blocks[i].npages * PAGE_SIZE;
 
         g.memory[i] = malloc(nbytes);
-        memset(g.memory[i], options & STALE ? 0x5a : 0, nbytes);
+        memset(g.memory[i], is_fresh(options) ? 0 : 0x5a, nbytes);
         g.pages[i] = (struct mig_pages){
             .base = g.memory[i], .npages = blocks[i].npages, .page_size = PAGE_SIZE};
         g.where[i] = calloc(blocks[i].npages, sizeof(int64_t));

@@ -11,10 +11,10 @@
 #include "endian.h"
 #include "multifd.h"
 
-enum { PAGE_SIZE = 4096, NPAGES = 700, CHANNELS = 3, ROUNDS = 4 };
+enum { PAGE_SIZE = 4096, NPAGES = 700, CHANNELS = 3, ROUNDS = 7 };
 
 static const struct mig_kernels *k;
-static uint8_t zeros[PAGE_SIZE];
+static uint8_t zeros[PAGE_SIZE], scratch[PAGE_SIZE];
 
 /* ---- a guest at each end --------------------------------------------------------------------- */
 
@@ -62,21 +62,44 @@ static void *receiving(void *arg)
     return NULL;
 }
 
-/* What the guest writes between two rounds: a third of its pages, some of them with zeros. */
+static uint64_t rnd(void)
+{
+    static uint64_t seed = 88172645463325252u;
+
+    seed ^= seed << 13;
+    seed ^= seed >> 7;
+    return seed ^= seed << 17;
+}
+
+/* What the guest writes between two rounds: a third of its pages, some of them with zeros, with a
+ * word, or with what nothing makes smaller. */
 static void write_pages(struct ends *e, unsigned round)
 {
     for (size_t i = round % 3; i < NPAGES; i += 3) {
-        memset(e->source + i * PAGE_SIZE, i % 5 ? (int)(i + round) & 0xff : 0, PAGE_SIZE);
+        uint8_t *page = e->source + i * PAGE_SIZE;
+
+        if (i % 5 == 4) {
+            page[(17 * round) % PAGE_SIZE] = (uint8_t)(round + 1);
+        } else if (i % 5 == 3) {
+            for (size_t at = 0; at < PAGE_SIZE; at++) {
+                page[at] = (uint8_t)(rnd() >> 32);
+            }
+        } else {
+            memset(page, i % 5 ? (int)(i + round) & 0xff : 0, PAGE_SIZE);
+        }
     }
 }
 
-static void ends_open(struct ends *e, enum mig_codec codec, bool to_log)
+static void ends_open(struct ends *e, enum mig_codec codec, size_t nslots, bool to_log)
 {
     memset(e, 0, sizeof(*e));
     CHECK(mig_mfd_sender_open(&e->sender, CHANNELS, PAGE_SIZE) == 0);
     CHECK(mig_mfd_receiver_open(&e->receiver, CHANNELS, PAGE_SIZE) == 0);
     e->sender.codec = e->receiver.codec = codec;
     e->sender.level = 1;
+    if (codec == MIG_CODEC_ADAPTIVE) {
+        CHECK(mig_adaptive_open(&e->sender.adaptive, nslots, PAGE_SIZE) == 0);
+    }
     for (int i = 0; i < CHANNELS; i++) {
         int fds[2];
 
@@ -89,13 +112,15 @@ static void ends_open(struct ends *e, enum mig_codec codec, bool to_log)
     e->from = (struct mig_pages){.base = e->source, .npages = NPAGES, .page_size = PAGE_SIZE};
     e->to = (struct mig_pages){.base = e->target, .npages = NPAGES, .page_size = PAGE_SIZE};
     e->ram = (struct mig_ram_block){.name = "ram", .name_len = 3, .npages = NPAGES};
-    e->block = (struct mig_mfd_block){.ram = e->ram, .received = e->received, .fresh = true,
+    e->block = (struct mig_mfd_block){.received = e->received, .fresh = true,
                                       .pages = to_log ? NULL : &e->to, .where = e->where};
+    e->receiver.ram_blocks = &e->ram;
     e->receiver.blocks = &e->block;
     e->receiver.nblocks = 1;
     pthread_mutex_init(&e->log_lock, NULL);
     e->receiver.log_lock = &e->log_lock;
-    e->log = (struct mig_pagelog){.current = -1, .page_size = PAGE_SIZE, .zeros = zeros};
+    e->log = (struct mig_pagelog){.current = -1, .page_size = PAGE_SIZE, .zeros = zeros,
+                                   .scratch = scratch, .kernels = k};
     CHECK(mig_appender_open(&e->log.file, memfd_create("log", 0), -1) == 0);
     CHECK(mig_append(&e->log.file, "0123456789abcdef", 16) == 0);
     e->receiver.log = to_log ? &e->log : NULL;
@@ -169,39 +194,58 @@ static void place_odd(struct ends *e, bool to_log)
 {
     uint64_t index[NPAGES / 2];
     int64_t src[NPAGES / 2];
+    uint32_t length[NPAGES / 2];
+    uint16_t kind[NPAGES / 2];
+    struct mig_ram_parser burst = {.blocks = &e->ram, .nblocks = 1, .page_size = PAGE_SIZE,
+                                   .page = index, .src = src, .length = length, .kind = kind,
+                                   .npages = NPAGES / 2};
 
     for (size_t i = 0; i < NPAGES / 2; i++) {
         size_t page = 2 * i + 1;
+        bool zero = k->is_zero(e->source + page * PAGE_SIZE, PAGE_SIZE);
 
         index[i] = page;
-        src[i] = k->is_zero(e->source + page * PAGE_SIZE, PAGE_SIZE) ? -1
-                                                                     : (int64_t)(page * PAGE_SIZE);
+        src[i] = zero ? -1 : (int64_t)(page * PAGE_SIZE);
+        length[i] = PAGE_SIZE;
+        kind[i] = zero ? MIG_RAM_ZERO : MIG_RAM_PAGE;
     }
     if (!to_log) {
-        mig_ram_place(k, &e->to, e->received, true, e->source, index, src, NPAGES / 2);
+        CHECK(mig_ram_place(k, &burst, &e->to, e->received, true, e->source) == 0);
         return;
     }
     pthread_mutex_lock(&e->log_lock);
-    CHECK(mig_pagelog_put(&e->log, 0, &e->ram, e->where, e->source, index, src, NPAGES / 2) == 0);
+    CHECK(mig_pagelog_put(&e->log, &burst, e->where, e->source) == 0);
     pthread_mutex_unlock(&e->log_lock);
 }
 
+/* What the engine says between two rounds; nothing is queued. */
+static void adapt(struct ends *e, unsigned round)
+{
+    struct mig_adaptive *a = &e->sender.adaptive;
+
+    a->generation = round + 1;
+    a->caching = round > 0;
+    a->last_stage = round == ROUNDS - 1;
+    a->link = round % 2 ? 1e6 : 1e10; /* by zstd, and otherwise */
+}
+
 /* Rounds over all pages with a SYNC behind each, as a migration makes them. */
-static void migrate(enum mig_codec codec, bool to_log)
+static void migrate(enum mig_codec codec, size_t nslots, bool to_log)
 {
     struct ends e;
     struct lane lanes[CHANNELS];
     pthread_t threads[2 * CHANNELS];
     uint64_t index[NPAGES / 2];
 
-    ends_open(&e, codec, to_log);
+    ends_open(&e, codec, nslots, to_log);
     for (uint64_t i = 0; i < NPAGES / 2; i++) {
         index[i] = 2 * i;
     }
     start(&e, lanes, threads);
     for (unsigned round = 0; round < ROUNDS; round++) {
         write_pages(&e, round);
-        CHECK(mig_mfd_send(&e.sender, &e.from, "ram", 3, index, NPAGES / 2, true) == 0);
+        adapt(&e, round);
+        CHECK(mig_mfd_send(&e.sender, &e.from, 0, "ram", 3, index, NPAGES / 2, true) == 0);
         place_odd(&e, to_log);
         CHECK(mig_mfd_drain(&e.sender) == 0);
         CHECK(mig_mfd_sync(&e.sender) == 0);
@@ -214,7 +258,14 @@ static void migrate(enum mig_codec codec, bool to_log)
     }
     CHECK(e.sender.nnormal == e.receiver.nnormal && e.sender.nzero == e.receiver.nzero);
     CHECK(e.sender.nbytes == e.receiver.nbytes + CHANNELS * MIG_MFD_INIT);
-    CHECK(e.receiver.nnormal + e.receiver.nzero == (uint64_t)NPAGES / 2 * ROUNDS);
+    CHECK(e.receiver.nnormal + e.receiver.nzero + e.sender.adaptive.nsame ==
+          (uint64_t)NPAGES / 2 * ROUNDS);
+    if (nslots >= MIG_ADAPTIVE_LOCKS) {
+        for (int i = 0; i < MIG_NMETHODS; i++) {
+            CHECK(e.sender.adaptive.npages[i]);
+        }
+        CHECK(e.sender.adaptive.nsame);
+    }
     check_equal(&e, to_log);
     ends_close(&e);
 }
@@ -228,14 +279,14 @@ static void lose_a_channel(bool at_source)
     uint64_t index[NPAGES];
     int rc = 0;
 
-    ends_open(&e, MIG_CODEC_NONE, false);
+    ends_open(&e, MIG_CODEC_NONE, 0, false);
     for (uint64_t i = 0; i < NPAGES; i++) {
         index[i] = i;
     }
     write_pages(&e, 0);
     start(&e, lanes, threads);
     for (int i = 0; i < 1000 && rc == 0; i++) {
-        rc = mig_mfd_send(&e.sender, &e.from, "ram", 3, index, NPAGES, false);
+        rc = mig_mfd_send(&e.sender, &e.from, 0, "ram", 3, index, NPAGES, false);
         if (i == 3) {
             shutdown(at_source ? e.out[1].fd : e.in[1].fd, SHUT_RDWR);
         }
@@ -271,7 +322,7 @@ static void stop_in_the_middle(void)
     pthread_t threads[2 * CHANNELS], stopper;
     int rc;
 
-    ends_open(&e, MIG_CODEC_ZSTD, false);
+    ends_open(&e, MIG_CODEC_ZSTD, 0, false);
     start(&e, lanes, threads);
     CHECK(pthread_create(&stopper, NULL, stopping, &e) == 0);
     rc = mig_mfd_receive_sync(&e.receiver, 60000);
@@ -328,8 +379,13 @@ int main(void)
         check_header(page_size);
     }
     for (int codec = MIG_CODEC_NONE; codec <= MIG_CODEC_ZSTD; codec++) {
-        migrate((enum mig_codec)codec, false);
-        migrate((enum mig_codec)codec, true);
+        migrate((enum mig_codec)codec, 0, false);
+        migrate((enum mig_codec)codec, 0, true);
+    }
+    /* none, as many as locks, some, and more than there are pages */
+    for (size_t nslots = 0; nslots <= 1024; nslots = nslots ? nslots * 4 : MIG_ADAPTIVE_LOCKS) {
+        migrate(MIG_CODEC_ADAPTIVE, nslots, false);
+        migrate(MIG_CODEC_ADAPTIVE, nslots, true);
     }
     lose_a_channel(true);
     lose_a_channel(false);
