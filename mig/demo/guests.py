@@ -153,7 +153,7 @@ class KvmShow:
             "ticks": written,
             "writes": written,
             "rest": self._digest(min(vcpu.first for vcpu in progress)),
-            "switchover_gap": None,
+            "switchover_gap": self.guest.switchover_gap,
         }
 
     def _digest(self, npages: int) -> str:

@@ -162,17 +162,9 @@ class IncomingMigration(Migration):
             page_size=self._page_size,
             decompress_threads=self.parameters.decompress_threads,
             lanes=self._lanes,
-            on_ram_end=self._end_ram,
             capabilities=self.capabilities,
         )
         loader.run()
-
-    def _end_ram(self) -> None:
-        """From here on nobody but this thread may touch what was loaded."""
-        if self._lanes is not None:
-            self._stop_watching()
-            if self._error is not None:
-                raise self._error
 
     def _on_command(self, command: Command) -> None:
         if command.type == CommandType.OPEN_RETURN_PATH:

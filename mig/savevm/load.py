@@ -64,7 +64,6 @@ class StreamLoader:
     page_size:  target page size where the stream does not name it
     decompress_threads: how many inflate compressed pages
     lanes:      channels that bring pages beside the stream
-    on_ram_end: called when RAM has ended, before the device state is loaded
     capabilities: those that are on here; None: take the stream as it is
 
     Matches qemu_loadvm_state(); unlike QEMU it takes the device state as a whole.
@@ -80,11 +79,9 @@ class StreamLoader:
         page_size: int = 1 << DEFAULT_PAGE_BITS,
         decompress_threads: int = 2,
         lanes: PageLanes | None = None,
-        on_ram_end: Callable[[], None] = lambda: None,
         capabilities: Collection[Capability] | None = (),
     ) -> None:
         self._lanes = lanes
-        self._on_ram_end = on_ram_end
         self._dialect = dialect_of(None)
         self._reader = reader
         self._target = target
@@ -106,7 +103,6 @@ class StreamLoader:
         self._load_start()
         while not self._ram_ended:
             self._load_item()
-        self._on_ram_end()
         self._load_devices()
 
     @staticmethod

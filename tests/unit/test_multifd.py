@@ -26,7 +26,7 @@ from mig import (
     wire,
 )
 from mig.engine.rate import RateLimit
-from mig.errors import ChannelError, MismatchError, OptionError
+from mig.errors import ChannelError, MigError, MismatchError, OptionError
 from mig.events import PassStarted, StatusChanged
 from mig.multifd.dialect import Dialect, dialect_of
 
@@ -496,7 +496,10 @@ def test_unix_sockets_cannot_leave_out_the_copy(made, tmp_path):
     assert isinstance(error, ChannelError)
     assert "multifd channel" in str(error)
     assert source.calls.count("stop") == source.calls.count("resume")
-    # nothing had been said: the destination still waits for somebody who does
+    # the stream had begun
+    assert isinstance(error_of(incoming), MigError)
+    incoming = made.incoming(target.guest, capabilities=MULTIFD)
+    incoming.listen(f"unix:{tmp_path}/s")
     again = made.outgoing(source.guest, capabilities=BOTH)
     again.start(incoming.uri)
     assert again.wait(FOREVER)

@@ -733,7 +733,7 @@ def test_threads_that_cannot_be_had_are_a_mismatch(made, monkeypatch):
 
 
 def test_a_kernel_that_tells_no_boot_is_another_one(made, monkeypatch, tmp_path):
-    monkeypatch.setattr("mig.guest.process._BOOT_ID", tmp_path / "nothing")
+    monkeypatch.setattr("mig.guest.clock._BOOT_ID", tmp_path / "nothing")
     source = ran(made(16 * PAGE))
     payload = payload_of(source)
     assert HEADER.unpack_from(payload)[-1] == bytes(16)
