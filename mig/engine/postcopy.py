@@ -48,7 +48,8 @@ class PostcopySender:
         while self._search.remaining:
             self._serve()
             if not self._background() and not self._search.inside_host_page:
-                if not self._requests.pending:
+                # the last page may have gone just now
+                if self._search.remaining and not self._requests.pending:
                     self._sleep(None)
                 continue
             room = self._limit.room()
