@@ -42,7 +42,10 @@ class Link:
     def read(self, n: int) -> bytes:
         if self.left is not None and n > self.left:
             raise Gone("cut")
-        data = self._file.read(n)
+        try:
+            data = self._file.read(n)
+        except ConnectionResetError as error:
+            raise Gone("reset") from error
         if len(data) < n:
             raise Gone("ended")
         self.nbytes += n
