@@ -19,7 +19,7 @@ NAMES = {1: "open", 2: "ping", 3: "advise", 4: "listen", 5: "run", 6: "discard",
 NAMES |= {9: "resume", 10: "recv-bitmap", 11: "switchover"}
 
 
-class Gone(Exception):
+class GoneError(Exception):
     """The stream has ended, or was cut off."""
 
 
@@ -41,13 +41,13 @@ class Link:
 
     def read(self, n: int) -> bytes:
         if self.left is not None and n > self.left:
-            raise Gone("cut")
+            raise GoneError("cut")
         try:
             data = self._file.read(n)
         except ConnectionResetError as error:
-            raise Gone("reset") from error
+            raise GoneError("reset") from error
         if len(data) < n:
-            raise Gone("ended")
+            raise GoneError("ended")
         self.nbytes += n
         if self.left is not None:
             self.left -= n
@@ -186,7 +186,7 @@ class Far:
                 assert link.read(8) == b"QEVM\0\0\0\3"
             while self._thing(link):
                 pass
-        except Gone:
+        except GoneError:
             pass
         except BaseException as error:
             self.errors.append(error)
@@ -207,7 +207,7 @@ class Far:
             self._hear("eof")
             self._answer(("eof",), lambda: link.say(1, bytes(4)))
             # a description is not to follow
-            with contextlib.suppress(Gone):
+            with contextlib.suppress(GoneError):
                 self._hear("after eof", link.read(1))
             return False
         if kind == 7:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import os
 import random
 import struct
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -97,6 +97,10 @@ def stands(source) -> Status:
     return source.status
 
 
+def open_files() -> int:
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
 def ours() -> list[str]:
     return [t.name for t in threading.enumerate() if t.name.startswith("mig-")]
 
@@ -105,12 +109,12 @@ def ours() -> list[str]:
 def lab(tmp_path) -> Iterator[Lab]:
     """Nothing is left behind: no thread, no descriptor."""
     assert not ours()
-    before = len(os.listdir("/proc/self/fd"))
+    before = open_files()
     lab = Lab(tmp_path)
     yield lab
     lab.close()
     until(lambda: not ours(), "the end of the threads")
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert open_files() == before
 
 
 def box() -> Box:
