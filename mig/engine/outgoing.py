@@ -190,6 +190,9 @@ class OutgoingMigration(PostcopySource):
 
     def _run(self) -> None:
         if self._resumes:
+            if self._guest.running:
+                # it runs, or will run, at the destination
+                self._stop_guest()
             search, _ = self._prepare_search()
             # no block list is sent
             self._counters.total = sum(block.used_length for block in search.blocks)
@@ -306,9 +309,13 @@ class OutgoingMigration(PostcopySource):
         with self._lock:
             if self._error is not None:
                 raise self._error
-            self._move(Input.POSTCOPY)
             # whatever happens from here on, the guest may run at the destination
             self._handed_over = writer.offset
+            try:
+                self._move(Input.POSTCOPY)
+            except BaseException:
+                self._handed_over = None
+                raise
         self._mark("handed over")
         self._postcopy(search).run((writer, self._return_path), devices)
 
