@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import random
 import struct
 import threading
-from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -17,116 +14,31 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from unit.boxes import FOREVER, NPAGES, PAGE, Box, error_of
-from unit.far import MARK, Far, until
+from unit.far import Far, until
+from unit.postcopies import (
+    RAM,
+    TOTAL,
+    VGA,
+    box,
+    is_paused,
+    stands,
+)
 
 import mig
 from mig import MemoryGuest, OutgoingMigration, Status, _core
 from mig.engine.postcopy import PostcopySender
 from mig.engine.requests import PageRequests
-from mig.errors import CancelledError, MigError, OptionError, PeerError, StateError
-from mig.events import StatusChanged
 from mig.guest import ProcessGuest
 from mig.postcopy.source import advise, discards, package
 from mig.ram.search import PageSearch, SourceBlock
 from mig.savevm.devices import sections_of
 
-RAM, VGA = "pc.ram", "vga.vram"
-TOTAL = NPAGES + 16
-
-
-class Lab:
-    """Destinations by hand and sources, which are given up and closed with the test."""
-
-    def __init__(self, folder) -> None:
-        self._folder = folder
-        self._numbers = itertools.count()
-        self.fars: list[Far] = []
-        self.sources: list[OutgoingMigration] = []
-
-    def far(self, **options) -> Far:
-        self.fars.append(Far(self._folder / f"far{next(self._numbers)}", **options))
-        return self.fars[-1]
-
-    def source(self, guest, *, background=True, at_once=True, **options) -> OutgoingMigration:
-        source = OutgoingMigration(guest, capabilities={"postcopy-ram"}, **options)
-        source.background = background
-        if at_once:
-            source.start_postcopy()
-        self.sources.append(source)
-        return source
-
-    def started(self, box, *, background=True, limits=(), **options):
-        """A postcopy of a box under way, and its destination."""
-        far = self.far(limits=limits)
-        source = self.source(box.guest, background=background, **options)
-        source.start(far.uri)
-        return source, far
-
-    def paused(self, box, **options):
-        """A postcopy whose first connection was cut when the destination had some pages."""
-        source, far = self.started(box, background=False, **options)
-        until(lambda: far.running)
-        far.request(RAM, 0, 40 * PAGE)
-        far.request(VGA, PAGE)
-        until(lambda: far.has(VGA, 1))
-        far.cut()
-        is_paused(source)
-        return source, far
-
-    def close(self) -> None:
-        for source in self.sources:
-            with contextlib.suppress(MigError):
-                source.cancel()
-            with contextlib.suppress(MigError):
-                source.abandon()
-            if source.status != Status.NONE:
-                with contextlib.suppress(MigError):
-                    assert source.wait(FOREVER), source.status
-        for far in self.fars:
-            far.close()
-
-
-def is_paused(source) -> None:
-    until(lambda: source.status == Status.POSTCOPY_PAUSED, "the pause")
-
-
-def stands(source) -> Status:
-    """Wait until nothing happens without its owner; returns the status."""
-    standing = (Status.COMPLETED, Status.FAILED, Status.POSTCOPY_PAUSED)
-    until(lambda: source.status in standing, "an end or a pause")
-    return source.status
-
-
-def open_files() -> int:
-    return len(list(Path("/proc/self/fd").iterdir()))
-
-
-def ours() -> list[str]:
-    return [t.name for t in threading.enumerate() if t.name.startswith("mig-")]
-
-
-@pytest.fixture
-def lab(tmp_path) -> Iterator[Lab]:
-    """Nothing is left behind: no thread, no descriptor."""
-    assert not ours()
-    before = open_files()
-    lab = Lab(tmp_path)
-    yield lab
-    lab.close()
-    until(lambda: not ours(), "the end of the threads")
-    assert open_files() == before
-
-
-def box() -> Box:
-    return Box(5)
-
-
 # ---- what is said ----------------------------------------------------------------------------
 
 
-def test_the_order_of_everything(lab):
+def test_the_order_of_everything(postcopies):
     mine = box()
-    source, far = lab.started(mine)
+    source, far = postcopies.started(mine)
     assert source.wait(FOREVER)
     assert far.names() == [
         *("configuration", "open", "ping", "advise", "start", "blocks"),
@@ -146,12 +58,12 @@ def test_the_order_of_everything(lab):
     assert mine.calls == ["stop"]
 
 
-def test_pages_of_precopy_that_are_still_right_are_not_dropped(lab):
+def test_pages_of_precopy_that_are_still_right_are_not_dropped(postcopies):
     """With a log, only what was not sent, or was written since, comes in postcopy."""
     log = mig.SharedDirtyLog({RAM: NPAGES, VGA: 16})
     mine = Box(5, dirty=log)
-    far = lab.far()
-    source = lab.source(mine.guest, at_once=False, parameters={"max-bandwidth": 4 << 20})
+    far = postcopies.far()
+    source = postcopies.source(mine.guest, at_once=False, parameters={"max-bandwidth": 4 << 20})
     source.start(far.uri)
     until(lambda: far.has(RAM, 100))
     log.mark(RAM, 7)
@@ -171,7 +83,7 @@ def test_pages_of_precopy_that_are_still_right_are_not_dropped(lab):
     assert not far.twice
 
 
-def test_something_is_dropped_even_when_nothing_is_dirty(lab):
+def test_something_is_dropped_even_when_nothing_is_dirty(postcopies):
     search = search_of({"a": (64, 1), "b": (64, 1)}, {"a": [], "b": []})
     assert list(discards(search)) == [discard("a", [(0, 1)])]
     assert search.remaining == PAGE
@@ -287,15 +199,15 @@ def whole_host_pages(far: Far, per_host_page: int) -> None:
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_host_pages_are_whole_whenever_it_goes_over(lab, seed):
+def test_host_pages_are_whole_whenever_it_goes_over(postcopies, seed):
     rng = random.Random(seed)
     per_host_page = rng.choice([8, 64])
     log = mig.SharedDirtyLog({RAM: NPAGES, VGA: 16})
     mine = huge_box(per_host_page * PAGE)
     mine.guest._dirty = log
-    far = lab.far()
+    far = postcopies.far()
     far.host_pages = {RAM: per_host_page * PAGE}
-    source = lab.source(mine.guest, at_once=False, parameters={"max-bandwidth": 8 << 20})
+    source = postcopies.source(mine.guest, at_once=False, parameters={"max-bandwidth": 8 << 20})
     source.start(far.uri)
     moment = rng.randrange(NPAGES - 70)
     until(lambda: far.has(RAM, moment))
@@ -310,11 +222,11 @@ def test_host_pages_are_whole_whenever_it_goes_over(lab, seed):
     assert far.said("advise")[0][1] == per_host_page * PAGE
 
 
-def test_a_host_page_that_was_broken_off_begins_anew(lab):
+def test_a_host_page_that_was_broken_off_begins_anew(postcopies):
     mine = huge_box(64 * PAGE)
-    far = lab.far()
+    far = postcopies.far()
     far.host_pages = {RAM: 64 * PAGE}
-    source = lab.source(mine.guest, background=False)
+    source = postcopies.source(mine.guest, background=False)
     source.start(far.uri)
     until(lambda: far.running)
     far.request(RAM, 64 * PAGE, 64 * PAGE)
@@ -413,9 +325,9 @@ def test_no_page_is_taken_twice_or_lost(data):
 # ---- requests --------------------------------------------------------------------------------
 
 
-def test_without_background_only_what_is_asked_for_is_sent(lab):
+def test_without_background_only_what_is_asked_for_is_sent(postcopies):
     mine = box()
-    source, far = lab.started(mine, background=False)
+    source, far = postcopies.started(mine, background=False)
     until(lambda: far.running)
     far.request(RAM, 300 * PAGE)
     until(lambda: far.has(RAM, 300))
@@ -437,8 +349,8 @@ def test_without_background_only_what_is_asked_for_is_sent(lab):
     assert not far.twice
 
 
-def test_the_background_goes_on_near_what_was_asked_for(lab):
-    source, far = lab.started(box(), background=False)
+def test_the_background_goes_on_near_what_was_asked_for(postcopies):
+    source, far = postcopies.started(box(), background=False)
     until(lambda: far.running)
     far.request(RAM, 300 * PAGE)
     until(lambda: far.has(RAM, 300))
@@ -450,8 +362,8 @@ def test_the_background_goes_on_near_what_was_asked_for(lab):
     assert order == expected
 
 
-def test_who_waits_for_a_page_does_not_wait_for_the_bandwidth(lab):
-    source, far = lab.started(box(), parameters={"max-postcopy-bandwidth": 1 << 10})
+def test_who_waits_for_a_page_does_not_wait_for_the_bandwidth(postcopies):
+    source, far = postcopies.started(box(), parameters={"max-postcopy-bandwidth": 1 << 10})
     until(lambda: far.running)
     for n in range(500, 400, -1):
         far.request(RAM, n * PAGE)
@@ -493,10 +405,10 @@ BAD = {
 
 @pytest.mark.parametrize("what", BAD)
 @pytest.mark.parametrize("background", [False, True])
-def test_a_message_that_cannot_be_pauses(lab, what, background):
+def test_a_message_that_cannot_be_pauses(postcopies, what, background):
     """The reason is the destination's, not that the connection was cut off for it."""
     mine = box()
-    source, far = lab.started(
+    source, far = postcopies.started(
         mine, background=background, parameters={"max-postcopy-bandwidth": 1 << 14}
     )
     until(lambda: far.running)
@@ -513,10 +425,10 @@ def test_a_message_that_cannot_be_pauses(lab, what, background):
     assert far.same_as(mine.memory)
 
 
-def test_a_flood_of_requests_ends_in_a_pause(lab):
+def test_a_flood_of_requests_ends_in_a_pause(postcopies):
     """The sender is held up, so that the queue fills."""
     mine = box()
-    source, far = lab.started(mine, background=False)
+    source, far = postcopies.started(mine, background=False)
     until(lambda: far.running)
     held, go = threading.Event(), threading.Event()
     take = source._search.take
@@ -542,10 +454,10 @@ def test_a_flood_of_requests_ends_in_a_pause(lab):
     assert far.same_as(mine.memory)
 
 
-def test_the_last_page_may_be_one_that_was_asked_for(lab):
+def test_the_last_page_may_be_one_that_was_asked_for(postcopies):
     """Without background it is over all the same, when nothing is left."""
     mine = box()
-    source, far = lab.started(mine, background=False)
+    source, far = postcopies.started(mine, background=False)
     until(lambda: far.running)
     far.request(RAM, 0, NPAGES * PAGE)
     far.request(VGA, 0, 16 * PAGE)
@@ -553,503 +465,12 @@ def test_the_last_page_may_be_one_that_was_asked_for(lab):
     assert far.same_as(mine.memory)
 
 
-# ---- breaks ----------------------------------------------------------------------------------
-
-
-def length_of(lab) -> tuple[int, int]:
-    """Bytes of a whole postcopy of a box, and of it before the package."""
-    source, far = lab.started(box())
-    assert source.wait(FOREVER)
-    total = far.link.nbytes
-    info = source.query().ram
-    return total, info.transferred - info.postcopy_bytes
-
-
-def test_a_connection_that_breaks_anywhere(lab):
-    """Before the package the guest runs again; from the package on it never does, here."""
-    total, package_at = length_of(lab)
-    rng = random.Random(3)
-    points = [
-        *(rng.randrange(package_at) for _ in range(10)),
-        *(rng.randrange(package_at, package_at + 300) for _ in range(5)),
-        *(rng.randrange(package_at + 300, total) for _ in range(15)),
-        *(total - 1, total - 2),
-    ]
-    for point in points:
-        mine = box()
-        source, far = lab.started(mine, limits=(point,))
-        assert stands(source) != Status.COMPLETED
-        assert "cancelled" not in str(source.query().error)
-        if source.status == Status.FAILED:
-            # what is written is not read at once: the source may be further than this
-            assert not far.running
-            error_of(source)
-            assert mine.calls in ([], ["stop", "resume"])
-            continue
-        assert mine.calls == ["stop"]
-        if not far.running:
-            # half of a package; nobody is there to be recovered
-            source.abandon()
-            error_of(source)
-            assert mine.calls == ["stop"]
-            continue
-        source.recover(far.uri)
-        assert source.wait(FOREVER)
-        assert far.same_as(mine.memory)
-        assert mine.calls == ["stop"]
-        assert not far.twice
-
-
-def test_a_connection_that_breaks_again_and_again(lab):
-    for seed in range(6):
-        rng = random.Random(seed)
-        mine = box()
-        limits = [rng.randrange(3000, 60 * PAGE) for _ in range(5)]
-        source, far = lab.started(
-            mine, background=False, limits=(20000 + rng.randrange(60 * PAGE), *limits)
-        )
-        source.background = True
-        for _ in range(10):
-            if stands(source) == Status.COMPLETED:
-                break
-            source.recover(far.uri)
-        assert source.wait(FOREVER)
-        assert far.same_as(mine.memory)
-        assert not far.twice
-        ram = source.query().ram
-        # what the destination has not read was sent all the same
-        assert ram.transferred >= sum(link.nbytes for link in far.links)
-        assert ram.remaining == 0
-
-
-def test_recovery_sends_only_what_is_missing(lab):
-    mine = box()
-    source, far = lab.paused(mine)
-    before = source.query()
-    assert before.status == Status.POSTCOPY_PAUSED
-    assert "went away" in before.error
-    seen = len(far.heard)
-    source.recover(far.uri)
-    until(lambda: source.status == Status.POSTCOPY_ACTIVE)
-    assert source.query().error is None
-    assert source.query().ram.remaining == (TOTAL - 41) * PAGE
-    source.background = True
-    assert source.wait(FOREVER)
-    again = far.heard[seen:]
-    assert [x for x in again if x[0] != "page"][:3] == [
-        ("recv-bitmap", RAM),
-        ("recv-bitmap", VGA),
-        ("resume",),
-    ]
-    assert len([x for x in again if x[0] == "page"]) == TOTAL - 41
-    assert far.same_as(mine.memory)
-    assert not far.twice
-    after = source.query().ram
-    assert after.transferred > before.ram.transferred
-    assert after.precopy_bytes + after.downtime_bytes + after.postcopy_bytes == after.transferred
-    assert after.postcopy_requests == before.ram.postcopy_requests
-
-
-def twice(far):
-    far.say_bitmap(RAM)
-    far.say_bitmap(RAM)
-
-
-DURING_RECOVERY = {
-    "a bitmap of another size": ("recv-bitmap", lambda f: f.say_bitmap(RAM, bytes(8))),
-    "a bitmap without end": ("recv-bitmap", lambda f: f.say_bitmap(RAM, size=1 << 60)),
-    "another mark": ("recv-bitmap", lambda f: f.say_bitmap(RAM, mark=MARK + 1)),
-    "an unknown block": ("recv-bitmap", lambda f: f.say_bitmap("none", bytes(8))),
-    "no block": ("recv-bitmap", lambda f: f.link.say(5, b"", bytes(80))),
-    "a bitmap twice": ("recv-bitmap", twice),
-    "half a bitmap": ("recv-bitmap", lambda f: (f.link.say(5, b"\6pc.ram", b"\0"), f.cut())),
-    "a resume before the bitmaps": ("recv-bitmap", lambda f: f.link.say(6, b"\0\0\0\1")),
-    "not ready": ("resume", lambda f: f.link.say(6, b"\0\0\0\0")),
-    "ready for something else": ("resume", lambda f: f.link.say(6, b"\0\0\0\2")),
-    "failure": ("resume", lambda f: f.link.say(1, b"\0\0\0\1")),
-    "silence instead of a bitmap": ("recv-bitmap", lambda f: None),
-    "silence instead of a resume": ("resume", lambda f: None),
-    "a cut instead of a bitmap": ("recv-bitmap", lambda f: f.cut()),
-    "a cut instead of a resume": ("resume", lambda f: f.cut()),
-}
-
-
-@pytest.mark.parametrize("what", DURING_RECOVERY)
-def test_a_recovery_that_fails_can_be_tried_again(lab, what):
-    mine = box()
-    at, answer = DURING_RECOVERY[what]
-    parameters = {"idle-timeout": 0.3} if "silence" in what else None
-    source, far = lab.paused(mine, parameters=parameters)
-    far.on[at] = lambda _: answer(far)
-    links = len(far.links)
-    source.recover(far.uri)
-    until(lambda: len(far.links) > links)
-    is_paused(source)
-    assert source.query().error
-    assert "cancelled" not in source.query().error
-    assert not source.wait(0)
-    del far.on[at]
-    source.background = True
-    source.recover(far.uri)
-    assert source.wait(FOREVER)
-    assert far.same_as(mine.memory)
-    assert not far.twice
-    assert mine.calls == ["stop"]
-
-
-def test_a_destination_that_is_silent_in_a_recovery_can_be_paused_by_hand(lab):
-    source, far = lab.paused(box())
-    far.on["resume"] = lambda _: None
-    source.recover(far.uri)
-    until(lambda: far.said("resume"))
-    assert source.status == Status.POSTCOPY_RECOVER
-    source.pause()
-    is_paused(source)
-    assert "migrate-pause" in source.query().error
-
-
-def test_nobody_is_there_to_recover(lab, tmp_path):
-    mine = box()
-    source, far = lab.paused(mine)
-    for _ in range(3):
-        source.recover(f"unix:{tmp_path}/nobody")
-        until(lambda: source.query().error and "nobody" in source.query().error)
-        is_paused(source)
-    source.background = True
-    source.recover(far.uri)
-    assert source.wait(FOREVER)
-    assert far.same_as(mine.memory)
-
-
-def test_recovery_needs_a_uri_that_can_carry_it(lab, tmp_path):
-    source, _ = lab.paused(box())
-    with pytest.raises(OptionError):
-        source.recover(f"file:{tmp_path}/f")
-    with pytest.raises(OptionError):
-        source.recover("nonsense")
-    assert source.status == Status.POSTCOPY_PAUSED
-
-
-def test_a_pause_by_hand(lab):
-    mine = box()
-    source, far = lab.started(mine, background=False)
-    until(lambda: far.running)
-    source.pause()
-    is_paused(source)
-    assert "migrate-pause" in source.query().error
-    with pytest.raises(StateError):
-        source.pause()
-    source.background = True
-    source.recover(far.uri)
-    assert source.wait(FOREVER)
-    assert far.same_as(mine.memory)
-
-
-def test_what_cannot_be_done_when(lab):
-    mine = box()
-    source = lab.source(mine.guest, background=False, at_once=False)
-    for wrong in (source.pause, source.abandon, lambda: source.recover("unix:/x")):
-        with pytest.raises(StateError):
-            wrong()
-    plain = OutgoingMigration(mine.guest, capabilities={"return-path"})
-    with pytest.raises(OptionError):
-        plain.start_postcopy()
-    with pytest.raises(OptionError):
-        plain.start("unix:/x", resume=True)
-    source.start_postcopy()
-    far = lab.far()
-    source.start(far.uri)
-    until(lambda: far.running)
-    for wrong in (source.cancel, source.start_postcopy, lambda: source.recover(far.uri)):
-        with pytest.raises(StateError):
-            wrong()
-    far.cut()
-    is_paused(source)
-    for wrong in (source.cancel, source.start_postcopy, source.pause):
-        with pytest.raises(StateError):
-            wrong()
-    assert mine.calls == ["stop"]
-
-
-@pytest.mark.parametrize("status", ["active", "paused", "recover-setup", "recover"])
-def test_giving_up(lab, status, monkeypatch):
-    mine = box()
-    if status == "active":
-        source, far = lab.started(mine, background=False)
-        until(lambda: far.running)
-    else:
-        source, far = lab.paused(mine)
-    if status == "recover":
-        far.on["recv-bitmap"] = lambda _: None
-        source.recover(far.uri)
-        until(lambda: far.said("recv-bitmap"))
-    if status == "recover-setup":
-        held, go = threading.Event(), threading.Event()
-
-        def slow(*args):
-            held.set()
-            go.wait(FOREVER)
-            return mig.channel.connect(*args)
-
-        monkeypatch.setattr("mig.engine.postcopysource.connect", slow)
-        source.recover(far.uri)
-        held.wait(FOREVER)
-    links = len(far.links)
-    source.abandon()
-    if status == "recover-setup":
-        go.set()
-    error = error_of(source)
-    assert isinstance(error, PeerError)
-    assert "given up" in str(error)
-    assert source.status == Status.FAILED
-    assert mine.calls == ["stop"]
-    if status == "paused":
-        assert len(far.links) == links, "somebody was called up without being asked"
-    with pytest.raises(StateError):
-        source.abandon()
-    with pytest.raises(StateError):
-        source.recover(far.uri)
-
-
-def test_events_tell_it_all_and_may_recover(lab):
-    seen = []
-    mine = box()
-    far = lab.far(limits=(60 * PAGE, 60 * PAGE))
-
-    def on_event(event):
-        if isinstance(event, StatusChanged):
-            seen.append(event.status)
-            if event.status == Status.POSTCOPY_PAUSED:
-                assert source.query().error
-                source.recover(far.uri)
-
-    source = lab.source(mine.guest, on_event=on_event)
-    source.start(far.uri)
-    assert source.wait(FOREVER)
-    again = [
-        Status.POSTCOPY_PAUSED,
-        Status.POSTCOPY_RECOVER_SETUP,
-        Status.POSTCOPY_RECOVER,
-        Status.POSTCOPY_ACTIVE,
-    ]
-    assert seen == [
-        *(Status.SETUP, Status.ACTIVE, Status.DEVICE, Status.POSTCOPY_ACTIVE),
-        *again,
-        *again,
-        Status.COMPLETED,
-    ]
-    assert far.same_as(mine.memory)
-
-
-def test_another_source_takes_over(lab):
-    mine = box()
-    first, far = lab.paused(mine)
-    first.abandon()
-    error_of(first)
-    second = lab.source(mine.guest, at_once=False)
-    second.start(far.uri, resume=True)
-    assert second.wait(FOREVER)
-    assert far.same_as(mine.memory)
-    assert not far.twice
-    ram = second.query().ram
-    assert ram.normal + ram.duplicate == TOTAL - 41
-    assert ram.postcopy_bytes == ram.transferred
-    assert mine.calls == ["stop"]
-
-
-def test_a_guest_that_is_resumed_does_not_run_here(lab):
-    mine = box()
-    first, far = lab.paused(mine)
-    first.abandon()
-    error_of(first)
-    mine.guest.resume()
-    second = lab.source(mine.guest, at_once=False)
-    second.start(far.uri, resume=True)
-    assert second.wait(FOREVER)
-    assert mine.calls == ["stop", "resume", "stop"]
-    assert not mine.guest.running
-
-
-def test_another_source_that_finds_nobody_is_paused(lab, tmp_path):
-    mine = box()
-    first, far = lab.paused(mine)
-    first.abandon()
-    second = lab.source(mine.guest, at_once=False)
-    second.start(f"unix:{tmp_path}/nobody", resume=True)
-    with pytest.raises(StateError):
-        second.cancel()
-    is_paused(second)
-    assert "nobody" in second.query().error
-    second.recover(far.uri)
-    assert second.wait(FOREVER)
-    assert far.same_as(mine.memory)
-
-
-def test_another_source_can_be_given_up_at_once(lab, tmp_path):
-    mine = box()
-    second = lab.source(mine.guest, at_once=False)
-    second.start(f"unix:{tmp_path}/nobody", resume=True)
-    second.abandon()
-    assert isinstance(error_of(second), PeerError)
-    # one that ran here and there would be two
-    assert mine.calls in ([], ["stop"])
-
-
-# ---- the moment of the hand-over -------------------------------------------------------------
-
-
-def at_save(mine: Box, action) -> None:
-    """Do something when the devices are saved: the last step before the guest is handed over."""
-    save = mine.guest.save_devices
-
-    def saved() -> bytes:
-        action()
-        return save()
-
-    mine.guest.save_devices = saved
-
-
-def test_cancelled_just_before_the_package(lab):
-    mine = box()
-    far = lab.far()
-    source = lab.source(mine.guest)
-    at_save(mine, source.cancel)
-    source.start(far.uri)
-    assert isinstance(error_of(source), CancelledError)
-    assert mine.calls == ["stop", "resume"]
-    far.close()
-    assert not far.running
-
-
-def test_the_destination_fails_just_before_the_package(lab):
-    mine = box()
-    far = lab.far()
-    source = lab.source(mine.guest)
-
-    def fails():
-        far.link.say(1, b"\0\0\0\1")
-        until(lambda: source._error is not None)
-
-    at_save(mine, fails)
-    source.start(far.uri)
-    assert isinstance(error_of(source), PeerError)
-    assert mine.calls == ["stop", "resume"]
-    far.close()
-    assert not far.running
-
-
-@pytest.mark.parametrize("how", ["reports failure", "cut", "pause"])
-def test_the_link_breaks_just_before_the_package_is_written(lab, how):
-    """The status says that the guest is handed over: nobody knows better than the destination."""
-    mine = box()
-    far = lab.far()
-
-    def on_event(event):
-        if event != StatusChanged(Status.POSTCOPY_ACTIVE) or len(far.links) > 1:
-            return
-        if how == "pause":
-            source.pause()
-            return
-        # the thread that reads waits for the lock that is held here
-        far.link.say(1, b"\0\0\0\1") if how == "reports failure" else far.cut()
-
-    source = lab.source(mine.guest, on_event=on_event)
-    source.start(far.uri)
-    is_paused(source)
-    assert source.query().error
-    assert mine.calls == ["stop"]
-    source.abandon()
-    assert isinstance(error_of(source), PeerError)
-    assert mine.calls == ["stop"]
-
-
-def test_given_up_just_before_the_package_is_written(lab):
-    """Who is told that it is postcopy-active can give it up: nothing was sent, but who knows."""
-    mine = box()
-    far = lab.far()
-
-    def on_event(event):
-        if event == StatusChanged(Status.POSTCOPY_ACTIVE):
-            source.abandon()
-
-    source = lab.source(mine.guest, on_event=on_event)
-    source.start(far.uri)
-    assert isinstance(error_of(source), PeerError)
-    assert mine.calls == ["stop"]
-    far.close()
-    assert not far.running
-
-
-def test_an_owner_who_fails_at_the_news_gets_the_guest_back(lab):
-    """No byte of the package was written, and none will be."""
-    mine = box()
-    far = lab.far()
-
-    def on_event(event):
-        if event == StatusChanged(Status.POSTCOPY_ACTIVE):
-            raise RuntimeError("a slip")
-
-    source = lab.source(mine.guest, on_event=on_event)
-    source.start(far.uri)
-    assert "a slip" in str(error_of(source))
-    assert mine.calls == ["stop", "resume"]
-    far.close()
-    assert not far.running
-
-
-def test_cancel_at_any_moment_never_leaves_two_guests_or_none(lab):
-    """A cancel that says it is done has the guest run here; one that is refused, there."""
-    rng = random.Random(8)
-    outcomes = set()
-    for _ in range(30):
-        mine = box()
-        source, far = lab.started(mine)
-        delay = rng.random() * 0.004
-        threading.Event().wait(delay)
-        try:
-            source.cancel()
-            refused = False
-        except StateError:
-            refused = True
-        with contextlib.suppress(MigError):
-            assert source.wait(FOREVER)
-        outcomes.add(source.status)
-        if source.status == Status.COMPLETED:
-            assert mine.calls == ["stop"]
-            assert far.same_as(mine.memory)
-        else:
-            assert not refused
-            assert source.status == Status.CANCELLED
-            assert mine.calls in ([], ["stop", "resume"])
-            far.close()
-            assert not far.running
-    assert outcomes
-
-
-def test_half_of_a_package_is_followed_by_nothing(lab):
-    """A destination too slow to read it: what came next would be taken for the rest of it."""
-    mine = box()
-    mine.state = bytes(32 << 20)
-    far = lab.far()
-    held = threading.Event()
-    far.on["ping"] = lambda what: held.wait(FOREVER) if what[1] == 2 else None
-    source = lab.source(mine.guest, parameters={"idle-timeout": 0.2})
-    source.start(far.uri)
-    is_paused(source)
-    assert mine.calls == ["stop"]
-    held.set()
-    until(lambda: not far._threads[-1].is_alive())
-    assert not far.errors
-    assert not far.running
-    assert not far.said("page")
-
-
 # ---- in flight -------------------------------------------------------------------------------
 
 
-def test_background_and_bandwidth_change_in_flight(lab):
+def test_background_and_bandwidth_change_in_flight(postcopies):
     mine = box()
-    source, far = lab.started(mine, background=False)
+    source, far = postcopies.started(mine, background=False)
     until(lambda: far.running)
     rng = random.Random(2)
     for _ in range(40):
@@ -1065,14 +486,14 @@ def test_background_and_bandwidth_change_in_flight(lab):
 
 
 @pytest.mark.parametrize("dirty", ["marked", "tracked"])
-def test_a_guest_that_runs_goes_over_at_any_moment(lab, dirty):
+def test_a_guest_that_runs_goes_over_at_any_moment(postcopies, dirty):
     log = mig.WriteTracker if dirty == "tracked" else "marked"
     for seed in range(5):
         rng = random.Random(seed)
         with ProcessGuest(2 << 20, rate=40 << 20, pattern="full", dirty=log, fill="half") as guest:
             guest.start()
-            far = lab.far(limits=(None if seed % 2 else 3 << 20,))
-            source = lab.source(
+            far = postcopies.far(limits=(None if seed % 2 else 3 << 20,))
+            source = postcopies.source(
                 guest, at_once=False, parameters={"max-bandwidth": 20 << 20, "downtime-limit": 1}
             )
             source.start(far.uri)
@@ -1089,12 +510,12 @@ def test_a_guest_that_runs_goes_over_at_any_moment(lab, dirty):
             assert far.running
 
 
-def test_restore_is_the_same(lab):
+def test_restore_is_the_same(postcopies):
     mine = box()
-    far = lab.far()
+    far = postcopies.far()
     assert isinstance(mine.guest, MemoryGuest)
     source = mig.restore(mine.guest, far.uri, background=False)
-    lab.sources.append(source)
+    postcopies.sources.append(source)
     until(lambda: far.running)
     far.request(RAM, 9 * PAGE)
     until(lambda: far.has(RAM, 9))
@@ -1103,21 +524,21 @@ def test_restore_is_the_same(lab):
     source.abandon()
     error_of(source)
     again = mig.restore(mine.guest, far.uri, resume=True)
-    lab.sources.append(again)
+    postcopies.sources.append(again)
     assert again.wait(FOREVER)
     assert far.same_as(mine.memory)
 
 
-def test_one_image_runs_many_guests(lab, tmp_path):
+def test_one_image_runs_many_guests(postcopies, tmp_path):
     """Also with pages that it never had, which are asked for like any other."""
     mine = box()
     kept = OutgoingMigration(mine.guest)
     kept.start(f"file:{tmp_path}/vm.mig")
     assert kept.wait(FOREVER)
     with mig.open_image(tmp_path / "vm.mig") as image:
-        fars = [lab.far() for _ in range(4)]
+        fars = [postcopies.far() for _ in range(4)]
         sources = [mig.restore(image, far.uri, background=False) for far in fars]
-        lab.sources += sources
+        postcopies.sources += sources
         for n, (source, far) in enumerate(zip(sources, fars, strict=True)):
             until(lambda far=far: far.running)
             far.request(RAM, n * PAGE)
