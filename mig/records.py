@@ -272,6 +272,8 @@ class ReturnMessage:
 
         ValueError when there is no name where one is announced.
         """
+        if len(self.data) < 12:
+            raise ValueError(f"only {len(self.data)} bytes")
         start, length = struct.unpack_from(">QI", self.data)
         if self.type == ReturnType.REQ_PAGES:
             return None, start, length
@@ -314,8 +316,12 @@ class ReturnMessage:
 
 @dataclass(frozen=True, slots=True)
 class BlockInfo:
-    """One entry of the block list: counted idstr, be64 used_length (bytes), [be64 address].
+    """One entry of the block list.
 
+    counted idstr, be64 used_length (bytes), [be64 host_page_size], [be64 address]
+
+    host_page_size: bytes of the pages it is made of where these are not the host's, in a stream
+             with postcopy-ram; else None
     address: where it stands in guest-physical memory, in a stream with x-ignore-shared; None in
              any other
     """
@@ -323,6 +329,7 @@ class BlockInfo:
     idstr: str
     used_length: int
     address: int | None = None
+    host_page_size: int | None = None
 
     def npages(self, page_size: int) -> int:
         """Return the number of target pages."""
@@ -330,8 +337,8 @@ class BlockInfo:
 
     def encode(self) -> bytes:
         """Return the entry."""
-        address = b"" if self.address is None else struct.pack(">Q", self.address)
-        return counted(self.idstr) + struct.pack(">Q", self.used_length) + address
+        more = [x for x in (self.host_page_size, self.address) if x is not None]
+        return counted(self.idstr) + struct.pack(f">{1 + len(more)}Q", self.used_length, *more)
 
     @classmethod
     def read(cls, reader: StreamReader, *, addresses: bool) -> BlockInfo:

@@ -170,3 +170,5 @@ MAX_DISCARD_RANGES: Final = 12
 DISCARD_VERSION: Final = 0
 #: what follows a bitmap on the return path (RAMBLOCK_RECV_BITMAP_ENDING)
 RECV_BITMAP_END: Final = 0x0123456789ABCDEF
+#: RESUME_ACK of a destination that is ready for the rest (MIGRATION_RESUME_ACK_VALUE)
+RESUME_ACK_READY: Final = 1

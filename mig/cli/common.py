@@ -119,8 +119,10 @@ def cancelled_by_signals(migration: Migration) -> Iterator[None]:
         try:
             migration.cancel()
         except StateError:
-            if isinstance(migration, OutgoingMigration):
-                migration.abandon()
+            # it may have ended meanwhile
+            with contextlib.suppress(StateError):
+                if isinstance(migration, OutgoingMigration):
+                    migration.abandon()
 
     old = {number: signal.signal(number, cancel) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

@@ -134,9 +134,11 @@ class OutgoingMigration(PostcopySource):
         # the mode that is asked about is the one it has: from here on it cannot change
         with self._lock:
             self._blockers.begin(self.parameters.mode)
+            self._handed_over = 0 if resume else None
             try:
                 self._launch(Input.RECOVER if resume else Input.START)
             except BaseException:
+                self._handed_over = None
                 self._blockers.end()
                 raise
 
@@ -188,7 +190,9 @@ class OutgoingMigration(PostcopySource):
 
     def _run(self) -> None:
         if self._resumes:
-            self._handed_over = 0
+            if self._guest.running:
+                # it runs, or will run, at the destination
+                self._stop_guest()
             search, _ = self._prepare_search()
             # no block list is sent
             self._counters.total = sum(block.used_length for block in search.blocks)
@@ -245,6 +249,7 @@ class OutgoingMigration(PostcopySource):
         assert self._search is not None
         saver = RamSaver(writer, self._search, encoder, self._guest.ram_section_id, self._counters)
         saver.footers = self._guest.footers
+        saver.names_host_pages = Capability.POSTCOPY_RAM in self.capabilities
         return saver
 
     def _choose_encoder(
@@ -292,14 +297,15 @@ class OutgoingMigration(PostcopySource):
         with self._lock:
             if self._error is not None:
                 raise self._error
-            self._move(Input.POSTCOPY)
             # whatever happens from here on, the guest may run at the destination
             self._handed_over = writer.offset
-        with contextlib.suppress(ChannelError):
-            writer.put(devices)
-            writer.flush()
+            try:
+                self._move(Input.POSTCOPY)
+            except BaseException:
+                self._handed_over = None
+                raise
         self._mark("handed over")
-        self._postcopy(search).run((writer, self._return_path))
+        self._postcopy(search).run((writer, self._return_path), devices)
 
     def _postcopy_saver(self, writer: StreamWriter) -> RamSaver:
         assert self._encoding is not None
@@ -420,7 +426,7 @@ class OutgoingMigration(PostcopySource):
                 stack.callback(notifier, Moment.CLEANUP)
             if self._unplugging is not None:
                 stack.callback(self._unplugging.close)
-                if failed:
+                if failed and self._handed_over is None:
                     stack.callback(self._unplugging.undo)
             if failed and self._stopped and self._was_running and self._handed_over is None:
                 stack.callback(self._guest.resume)
@@ -475,7 +481,11 @@ class OutgoingMigration(PostcopySource):
 
     def _peer_failed(self, error: MigError) -> None:
         """Called by another thread: the first error is set before the channel ends."""
-        self._fail(error)
+        with self._lock:
+            if self._handed_over is not None:
+                # nothing that went wrong before matters to a guest that lives elsewhere
+                return
+            self._fail(error)
         self._interrupt()
 
     def _lane_failed(self, error: MigError) -> None:

@@ -9,7 +9,7 @@ from mig import _core
 from mig.engine.postcopy import PostcopySender
 from mig.engine.requests import PageRequests
 from mig.engine.returnpath import ReturnPath
-from mig.errors import CancelledError, ChannelError, MigError, StreamError
+from mig.errors import MigError, as_mig_error
 from mig.options import Parameters
 from mig.ram.save import RamSaver
 from mig.ram.search import PageSearch
@@ -18,8 +18,9 @@ from mig.state import Input
 from mig.stream.writer import StreamWriter
 from mig.wire import CommandType, SectionType
 
-#: errors of a connection, which a postcopy survives; anything else is a mistake on this side
-_BREAKS = (ChannelError, CancelledError, StreamError)
+#: what a postcopy survives: somebody can do something about it, and nobody else has the guest's
+#: memory. Anything else is a mistake of the program.
+_BREAKS = (MigError, OSError)
 
 
 #: what is written to, and what comes back
@@ -30,7 +31,6 @@ class Owner(Protocol):
     """What the phase needs of its migration."""
 
     parameters: Parameters
-    _abandoned: bool
 
     def _move(self, input_: Input) -> None: ...
 
@@ -38,7 +38,7 @@ class Owner(Protocol):
         """Wait, but no longer than until there is news; raises when the connection broke."""
 
     def _relink(self) -> Link:
-        """Wait for another URI, and connect to it; CancelledError when it was given up."""
+        """Wait for another URI, and connect to it."""
 
     def _unlink(self) -> None:
         """Let go of the connection."""
@@ -50,7 +50,8 @@ class PostcopyPhase:
     """Runs from the switchover to the end.
 
     background: whether pages that nobody waits for are sent, too
-    on_break:   told of what broke a connection
+    on_break:   told of what broke a connection, before the status says so; raises when the
+                postcopy was given up
     """
 
     def __init__(
@@ -68,37 +69,28 @@ class PostcopyPhase:
         self._background = background
         self._on_break = on_break
 
-    def run(self, link: Link | None) -> None:
+    def run(self, link: Link | None, package: bytes = b"") -> None:
         """Send the rest, however often the connection breaks; return when all is confirmed.
 
-        link: None when another process left the destination in postcopy
+        link:    None when another process left the destination in postcopy
+        package: what has the destination run the guest, sent over `link`
         """
-        agreed = link is not None
         while True:
-            link = link or self._connect()
             try:
-                if not agreed:
+                if link is None:
+                    link = self._owner._relink()
                     self._resume(*link)
-                    agreed = True
+                else:
+                    link[0].put(package)
+                    link[0].flush()
                 self._send_rest(*link)
                 return
             except _BREAKS as error:
-                self._owner._move(Input.INTERRUPT)
-                self._on_break(error)
+                self._on_break(as_mig_error(error))
             self._owner._unlink()
             self._requests.clear()
-            link, agreed = None, False
-
-    def _connect(self) -> Link:
-        """Until a connection comes about, or it is given up."""
-        while True:
-            try:
-                return self._owner._relink()
-            except ChannelError as error:
-                if self._owner._abandoned:
-                    raise
-                self._owner._move(Input.INTERRUPT)
-                self._on_break(error)
+            link = None
+            self._owner._move(Input.INTERRUPT)
 
     def _send_rest(self, writer: StreamWriter, return_path: ReturnPath) -> None:
         saver = self._owner._postcopy_saver(writer)
@@ -120,14 +112,18 @@ class PostcopyPhase:
         """Find out what the destination has, and go on; matches postcopy_do_resume()."""
         timeout = self._owner.parameters.timeout
         names = [block.idstr for block in self._search.blocks]
+        return_path.awaited.update(names)
         for idstr in names:
             writer.put(Command.recv_bitmap(idstr).encode())
         writer.flush()
-        return_path.wait_until(lambda: set(names) <= return_path.bitmaps.keys(), timeout)
+        return_path.wait_until(lambda: not return_path.awaited, timeout)
         for block in self._search.blocks:
             received = _core.Bitmap.from_wire(block.pages.npages, return_path.bitmaps[block.idstr])
             received.complement()
             self._search.replace_dirty(block.idstr, received)
+        # the walk may have been broken off in the middle of a host page
+        self._search.rewind()
+        return_path.may_resume = True
         writer.put(Command(CommandType.POSTCOPY_RESUME).encode())
         writer.flush()
         return_path.wait_until(lambda: return_path.resumed, timeout)

@@ -47,8 +47,9 @@ class PostcopySender:
         """Return when nothing is left to be sent."""
         while self._search.remaining:
             self._serve()
-            if not self._background():
-                if not self._requests.pending:
+            if not self._background() and not self._search.inside_host_page:
+                # the last page may have gone just now
+                if self._search.remaining and not self._requests.pending:
                     self._sleep(None)
                 continue
             room = self._limit.room()
@@ -63,8 +64,11 @@ class PostcopySender:
         self._serve()
 
     def _serve(self) -> None:
-        """Send what was asked for, unless it is on its way already."""
-        while (request := self._requests.pop()) is not None:
+        """Send what was asked for, unless it is on its way already.
+
+        A host page that has been begun is finished first: the destination puts it together.
+        """
+        while not self._search.inside_host_page and (request := self._requests.pop()) is not None:
             batch = self._search.take(*request)
             if batch is not None:
                 self._send(batch)

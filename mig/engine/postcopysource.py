@@ -79,9 +79,16 @@ class PostcopySource(Migration):
                 self._wake.set()
 
     def pause(self) -> None:
-        """Break the connection of a postcopy (QMP command migrate-pause); StateError elsewhere."""
-        self._require_status(Status.POSTCOPY_ACTIVE, Input.INTERRUPT)
-        self._cut_off()
+        """Break the connection of a postcopy (QMP command migrate-pause); StateError elsewhere.
+
+        Also while the destination is asked what it has: it may not answer.
+        """
+        with self._lock:
+            if self.status != Status.POSTCOPY_RECOVER:
+                self._require_status(Status.POSTCOPY_ACTIVE, Input.INTERRUPT)
+            self._link_error = self._link_error or CancelledError("paused by migrate-pause")
+            self._cut_off()
+            self._wake.set()
 
     def recover(self, uri: str) -> None:
         """Go on with a postcopy that is paused, over another connection (migrate with resume).
@@ -105,6 +112,7 @@ class PostcopySource(Migration):
             if self._handed_over is None or self.status in FINAL:
                 raise StateError(self.status, Input.FAIL)
             self._abandoned = True
+            self._break = self._break or self._link_error or CancelledError("by its owner")
             self._recovering.set()
             self._cancel.set()
             self._cut_off()
@@ -134,22 +142,31 @@ class PostcopySource(Migration):
         )
 
     def _note_break(self, error: MigError) -> None:
-        self._break = error
-        if self._abandoned:
-            raise error
+        """The reading thread cuts the connection off: what it has to say is the better error."""
+        with self._lock:
+            if self._link_error is not None:
+                error = self._link_error
+            if not self._abandoned or self._break is None:
+                self._break = error
+            if self._abandoned:
+                raise PeerError(
+                    f"postcopy was given up, the destination is paused ({self._break})"
+                ) from error
 
     def _unlink(self) -> None:
-        self._sent_before += self._writer.offset if self._writer else 0
-        self._writer = None
+        writer, self._writer = self._writer, None
+        self._sent_before += writer.offset if writer else 0
         self._close_channel()
         self._recovering.clear()
 
     def _relink(self) -> Link:
-        if self.status == Status.POSTCOPY_PAUSED:
+        # who abandons says so before he ends this wait
+        if self.status == Status.POSTCOPY_PAUSED and not self._abandoned:
             self._recovering.wait()
         self._recovering.clear()
+        self._link_error = None
         if self._abandoned:
-            raise PeerError(f"postcopy was given up, the destination is paused ({self._break})")
+            raise CancelledError("by its owner")
         channel = self._connect()
         self._break = None
         writer = self._writer = StreamWriter(channel)
@@ -165,7 +182,6 @@ class PostcopySource(Migration):
             raise self._link_error
 
     def _open_return_path(self, channel: Channel) -> ReturnPath:
-        self._link_error = None
         takes = Capability.POSTCOPY_RAM in self.capabilities
         path = ReturnPath(channel, self._link_failed, self._requests if takes else None)
         self._return_path = path
@@ -178,7 +194,7 @@ class PostcopySource(Migration):
             if self._handed_over is None:
                 self._peer_failed(error)
                 return
-            self._link_error = error
+            self._link_error = self._link_error or error
             self._wake.set()
             if self._channel is not None:
                 self._channel.cancel()
@@ -187,7 +203,7 @@ class PostcopySource(Migration):
         channel = connect(self._uri, self._cancel, self.parameters.timeout)
         with self._lock:
             self._channel = channel
-            if self.status == Status.CANCELLING:
+            if self.status == Status.CANCELLING or self._abandoned:
                 # who cancelled has not seen the channel
                 raise CancelledError("cancelled")
         return channel

@@ -10,7 +10,7 @@ from mig.engine.requests import PageRequests
 from mig.errors import ChannelError, MigError, PeerError, TruncatedError
 from mig.records import ReturnMessage
 from mig.stream.reader import StreamReader
-from mig.wire import RECV_BITMAP_END, ReturnType
+from mig.wire import RECV_BITMAP_END, RESUME_ACK_READY, ReturnType
 
 #: different values of PONGs that are remembered
 _MOST_PONGS = 64
@@ -42,7 +42,11 @@ class ReturnPath:
         self.pongs: set[int] = set()
         #: bitmaps of received pages so far, little-endian, by block; a resumed postcopy has them
         self.bitmaps: dict[str, bytes] = {}
-        #: whether the destination is ready for the rest of a postcopy
+        #: blocks whose bitmaps were asked for and have not come
+        self.awaited: set[str] = set()
+        #: set before the destination is asked whether it is ready for the rest of a postcopy
+        self.may_resume = False
+        #: whether it is
         self.resumed = False
         self._news = threading.Condition()
         self.error: MigError | None = None
@@ -93,8 +97,10 @@ class ReturnPath:
                 requests.add(*message.pages)
             elif message.type == ReturnType.RECV_BITMAP:
                 self._take_bitmap(message.block, reader, requests)
-            elif message.value != 1:
+            elif message.value != RESUME_ACK_READY:
                 raise reader.error(f"RESUME_ACK of {message.value}")
+            elif not self.may_resume or self.resumed:
+                raise reader.error("RESUME_ACK that nobody asked for")
             else:
                 with self._news:
                     self.resumed = True
@@ -104,6 +110,8 @@ class ReturnPath:
 
     def _take_bitmap(self, idstr: str, reader: StreamReader, requests: PageRequests) -> None:
         """Be64 size, so many bytes, and a mark; matches ram_dirty_bitmap_reload()."""
+        if idstr not in self.awaited:
+            raise reader.error(f"a bitmap of block '{idstr}', which was not asked for")
         at, nbytes = reader.offset, reader.u64("the size of a bitmap")
         if nbytes != requests.bitmap_nbytes(idstr):
             raise reader.error(f"a bitmap of {nbytes} bytes for block '{idstr}'", offset=at)
@@ -112,6 +120,7 @@ class ReturnPath:
             raise reader.error(f"the bitmap of block '{idstr}' has no end mark", offset=at)
         with self._news:
             self.bitmaps[idstr] = data
+            self.awaited.discard(idstr)
             self._news.notify_all()
 
     def _end(self) -> None:

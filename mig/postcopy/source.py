@@ -25,6 +25,8 @@ def discards(search: PageSearch) -> Iterator[bytes]:
     else. Matches ram_postcopy_send_discard_bitmap().
     """
     said = False
+    # the walk begins anew: it could go on in the middle of a host page
+    search.rewind()
     for block in search.blocks:
         per_host_page = max(1, block.host_page_size // block.pages.page_size)
         before = block.dirty.count()
@@ -36,7 +38,7 @@ def discards(search: PageSearch) -> Iterator[bytes]:
             yield command
     if not said and search.blocks:
         block = search.blocks[0]
-        block.dirty.set(0, max(1, block.host_page_size // block.pages.page_size))
+        block.dirty.set(0, block.host_page_end(0))
         search.remaining += block.dirty.count() * block.pages.page_size
         yield from _discards_of(block)
 
