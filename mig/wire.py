@@ -94,6 +94,13 @@ RETURN_LENGTH: Final[dict[ReturnType, int | None]] = {
 
 #: value of the PING that a source sends before RAM; later ones are for postcopy
 PING_SETUP: Final = 1
+#: what a destination says unasked, since QEMU 11.1, when it has loaded the package of a postcopy
+PONG_LOADED: Final = 0x42
+
+#: first byte of POSTCOPY_RAM_DISCARD
+DISCARD_VERSION: Final = 0
+#: be64 behind a bitmap of what was received, by which the source sees that it has all of it
+RECV_BITMAP_END: Final = 0x0123456789ABCDEF
 
 
 #: PING of a source of mig's that asks whether the destination is one of mig's, too, and takes
@@ -146,5 +153,7 @@ MAX_RAM_BYTES: Final = 1 << 44
 MAX_DESCRIPTION: Final = 64 << 20
 #: most bytes between the end of RAM and the end of the stream
 MAX_DEVICE_STATE: Final = 1 << 30
+#: longest package of a postcopy
+MAX_PACKAGE: Final = MAX_DEVICE_STATE
 #: longest return-path message (QEMU reads them into 512 bytes)
 MAX_RETURN_MESSAGE: Final = 512

@@ -24,7 +24,7 @@ from rich.progress import (
 )
 
 from mig.engine.migration import Migration
-from mig.errors import MigError, OptionError
+from mig.errors import MigError, OptionError, StateError
 from mig.options import Capability
 from mig.stats import MigrationInfo
 
@@ -107,10 +107,21 @@ def say(text: str) -> None:
 
 @contextmanager
 def cancelled_by_signals(migration: Migration) -> Iterator[None]:
-    """SIGINT and SIGTERM cancel the migration instead of killing the process midway."""
+    """SIGINT and SIGTERM cancel the migration instead of killing the process midway.
+
+    In postcopy, where half of the guest would be lost, only the second one ends the process.
+    """
+    warned = False
 
     def cancel(number: int, frame: FrameType | None) -> None:
-        migration.cancel()
+        nonlocal warned
+        try:
+            migration.cancel()
+        except StateError as error:
+            if warned:
+                raise
+            warned = True
+            say(f"{error}; once more to lose the guest")
 
     old = {number: signal.signal(number, cancel) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

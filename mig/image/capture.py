@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import secrets
 import stat
@@ -11,6 +12,7 @@ from pathlib import Path
 
 from mig import _core
 from mig.errors import ChannelError, MismatchError
+from mig.postcopy.commands import Advise
 from mig.records import (
     BlockInfo,
     BlockList,
@@ -70,6 +72,11 @@ class StreamCapture:
         self._footers = True
         self._switchover_start = False
         self._log: _core.PageLog | None = None
+        # of a source that may go into postcopy: by block, the pages that are there
+        self._received: dict[str, _core.Bitmap] | None = None
+        self._page_size = 1 << DEFAULT_PAGE_BITS
+        self._postcopy = False
+        self._state: DeviceState | None = None
 
     def _open(self) -> int:
         """A file without a name where the file system can, else one that abort() removes."""
@@ -94,7 +101,11 @@ class StreamCapture:
 
     def open_blocks(self, blocks: Sequence[BlockInfo], page_size: int) -> None:
         """Keep the block list."""
-        self._blocks = BlockList(tuple(blocks))
+        # sizes of host pages are only for streams that go into postcopy
+        kept = (dataclasses.replace(block, host_page_size=None) for block in blocks)
+        self._blocks, self._page_size = BlockList(tuple(kept)), page_size
+        if self._received is not None:
+            self._received = {b.idstr: _core.Bitmap(b.npages(page_size)) for b in blocks}
 
     def ram_started(self, section_id: int, footers: bool) -> None:
         """Keep the id; the file's own sections will look like the source's."""
@@ -108,7 +119,10 @@ class StreamCapture:
         """Write a burst of pages."""
         if parser.npages:
             with self._naming_file():
-                self._open_log(parser).put(data, start)
+                self._open_log(parser).put(data, start, parser)
+            if self._received is not None:
+                idstr = self._blocks.blocks[parser.current].idstr
+                _core.mark_received(parser, self._received[idstr])
 
     def open_lanes(
         self, receiver: _core.MultifdReceiver, parser: _core.RamParser, section_id: int
@@ -123,17 +137,69 @@ class StreamCapture:
         self._switchover_start = True
 
     def load_devices(self, state: DeviceState) -> None:
-        """Write the end of the file: zero pages, the end of RAM, the devices."""
+        """Write the end of the file: zero pages, the end of RAM, the devices.
+
+        In postcopy that has to wait until all pages are there.
+        """
+        if self._postcopy:
+            self._state = state
+        else:
+            self._write_end(state)
+
+    def _write_end(self, state: DeviceState) -> None:
         tail = [_EOS, self._footer()]
         if self._switchover_start:
             tail.append(Command(CommandType.SWITCHOVER_START).encode())
         tail += [encode_continuation(SectionType.END, self._section_id), _EOS, self._footer()]
         tail.append(state.raw)
         with self._naming_file():
-            log = self._open_log(_core.RamParser([], 1 << DEFAULT_PAGE_BITS))
+            log = self._open_log(self._any_parser())
+            for number, received in enumerate((self._received or {}).values()):
+                _core.blank_missing(log, number, received)
             log.put_zeros()
             log.append(b"".join(tail))
             log.finish()
+
+    # ---- postcopy: no guest runs here, so the source sends all in its own order ---------------
+
+    def postcopy_probe(self) -> str | None:
+        """Return None: a file can always be written."""
+        return None
+
+    def postcopy_advise(self, advise: Advise) -> None:
+        """Take note of what comes from now on; any size of host page will do."""
+        self._received = {}
+
+    def postcopy_discard(self, idstr: str, start: int, nbytes: int) -> None:
+        """Hold these pages for missing; their places in the file are kept for them."""
+        assert self._received is not None
+        self._received[idstr].clear(start // self._page_size, nbytes // self._page_size)
+
+    def postcopy_listen(self, requests: _core.PageRequests | None) -> None:
+        """Be ready for two connections that bring pages."""
+        self._postcopy = True
+        with self._naming_file():
+            self._open_log(self._any_parser())
+
+    def postcopy_run(self) -> None:
+        """Nothing runs."""
+
+    def postcopy_received(self, idstr: str) -> _core.Bitmap:
+        """Return which pages of a block the file has."""
+        assert self._received is not None
+        return self._received[idstr]
+
+    def postcopy_wanted(self) -> int:
+        """Return 0: nothing is asked for."""
+        return 0
+
+    def postcopy_ask_again(self) -> None:
+        """Nothing was asked for."""
+
+    def postcopy_end(self) -> None:
+        """Write the end of the file."""
+        assert self._state is not None
+        self._write_end(self._state)
 
     @contextlib.contextmanager
     def _naming_file(self) -> Iterator[None]:
@@ -146,6 +212,11 @@ class StreamCapture:
 
     def _footer(self) -> bytes:
         return encode_footer(self._section_id) if self._footers else b""
+
+    def _any_parser(self) -> _core.RamParser:
+        page_size = self._page_size
+        blocks = [(b.idstr.encode(), b.npages(page_size)) for b in self._blocks.blocks]
+        return _core.RamParser(blocks, page_size)
 
     def _open_log(self, parser: _core.RamParser) -> _core.PageLog:
         """Everything up to the first page, then the log of pages."""

@@ -23,6 +23,8 @@ OUTGOING_CAPABILITIES: Final = frozenset(
 INCOMING_CAPABILITIES: Final = frozenset(
     {
         Capability.MULTIFD,
+        Capability.POSTCOPY_PREEMPT,
+        Capability.POSTCOPY_RAM,
         Capability.RETURN_PATH,
         Capability.SWITCHOVER_ACK,
         Capability.VALIDATE_UUID,

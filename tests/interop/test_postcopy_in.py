@@ -1,0 +1,130 @@
+"""QEMU goes into postcopy with mig at the other end, which keeps the whole guest in a file."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+
+import pytest
+
+FOREVER = 60.0
+SLOW = 4 << 20
+
+
+class Proxy:
+    """Passes connections on to a unix socket until it is told to cut them."""
+
+    def __init__(self, path: str, target: str) -> None:
+        self.uri, self.target = f"unix:{path}", target.removeprefix("unix:")
+        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._listener.bind(path)
+        self._listener.listen(8)
+        self._sockets: list[socket.socket] = []
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                near, _ = self._listener.accept()
+            except OSError:
+                return
+            far = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            far.connect(self.target)
+            self._sockets += [near, far]
+            for one, other in ((near, far), (far, near)):
+                threading.Thread(target=self._pass_on, args=(one, other), daemon=True).start()
+
+    @staticmethod
+    def _pass_on(one: socket.socket, other: socket.socket) -> None:
+        try:
+            while data := one.recv(1 << 16):
+                other.sendall(data)
+        except OSError:
+            pass
+        for end in (one, other):
+            try:
+                end.shutdown(socket.SHUT_RDWR)
+            except OSError:
+                pass
+
+    def cut(self) -> None:
+        sockets, self._sockets = self._sockets, []
+        for end in sockets:
+            try:
+                end.shutdown(socket.SHUT_RDWR)
+            except OSError:
+                pass
+
+    def close(self) -> None:
+        self._listener.close()
+        self.cut()
+
+
+def wait_for(qemu, *statuses):
+    return qemu.wait_migration(FOREVER, until=(*statuses, "failed", "cancelled"))["status"]
+
+
+def starts_postcopy(source, uri, preempt=False):
+    """Migrate slowly, then switch."""
+    source.set_capabilities({"postcopy-ram": True, "postcopy-preempt": preempt})
+    source.set_parameters({"max-bandwidth": SLOW})
+    source.migrate(uri)
+    assert wait_for(source, "active") == "active"
+    time.sleep(0.3)
+    source.command("migrate-start-postcopy")
+    assert wait_for(source, "postcopy-active", "completed") == "postcopy-active"
+
+
+def receiver(lab, preempt):
+    capabilities = ["-c", "postcopy-ram", *(["-c", "postcopy-preempt"] if preempt else [])]
+    file = lab.path("vm.mig")
+    command = lab.mig("receive", f"unix:{lab.path('in')}", file, "--json", *capabilities)
+    return command, command.wait_listening(), file
+
+
+def restored(lab, version, spec, source, file, goes_on):
+    destination = lab.incoming(version, spec)
+    uri = f"unix:{lab.path('out')}"
+    destination.migrate_incoming(uri)
+    assert lab.mig("send", file, uri, "--json").result()["status"] == "completed"
+    goes_on(source, destination)
+
+
+@pytest.mark.parametrize("preempt", [False, True], ids=["plain", "preempt"])
+@pytest.mark.parametrize("version", ["7.2", "10.0"])
+def test_qemu_postcopies_into_a_file(lab, assert_goes_on, version, preempt):
+    spec = lab.spec("pc", "idle" if version == "7.2" else "dirty")
+    source = lab.boot(version, spec)
+    command, uri, file = receiver(lab, preempt)
+    starts_postcopy(source, uri, preempt)
+    source.set_parameters({"max-postcopy-bandwidth": 0, "max-bandwidth": 0})
+    assert command.result()["status"] == "completed"
+    assert source.wait_migration()["status"] == "completed"
+    info = lab.mig("info", file, "--json").result()
+    ram = {block["name"]: block for block in info["blocks"]}["pc.ram"]
+    assert ram["missing-pages"] == 0
+    restored(lab, version, spec, source, file, assert_goes_on)
+
+
+@pytest.mark.parametrize("preempt", [False, True], ids=["plain", "preempt"])
+@pytest.mark.parametrize("version", ["7.2", "10.0"])
+def test_qemu_resumes_a_postcopy_into_a_file(lab, assert_goes_on, version, preempt):
+    spec = lab.spec("pc", "idle" if version == "7.2" else "dirty")
+    source = lab.boot(version, spec)
+    command, uri, file = receiver(lab, preempt)
+    proxy = Proxy(lab.path("proxy"), uri)
+    lab.stack.callback(proxy.close)
+    source.set_parameters({"max-postcopy-bandwidth": SLOW})
+    starts_postcopy(source, proxy.uri, preempt)
+    for _ in range(2):
+        time.sleep(0.3)
+        proxy.cut()
+        assert wait_for(source, "postcopy-paused", "completed") == "postcopy-paused"
+        command.wait_listening()
+        source.command("migrate", uri=proxy.uri, resume=True)
+        assert wait_for(source, "postcopy-active", "completed") == "postcopy-active"
+    source.set_parameters({"max-postcopy-bandwidth": 0})
+    assert command.result()["status"] == "completed"
+    assert source.wait_migration()["status"] == "completed"
+    restored(lab, version, spec, source, file, assert_goes_on)
