@@ -24,6 +24,7 @@ from mig.records import (
     encode_footer,
 )
 from mig.savevm.devices import DeviceState
+from mig.savevm.vmdesc import DeviceDescription, encode_description
 from mig.wire import (
     DEFAULT_PAGE_BITS,
     RAM_IDSTR,
@@ -197,9 +198,21 @@ class StreamCapture:
         """Nothing was asked for."""
 
     def postcopy_end(self) -> None:
-        """Write the end of the file."""
-        assert self._state is not None
-        self._write_end(self._state)
+        """Write the end of the file.
+
+        A package has no description, yet a QEMU that loads the file with a return path would wait
+        for one: the footers tell what stands in it.
+        """
+        state = self._state
+        assert state is not None
+        if state.sections is not None:
+            devices = [
+                DeviceDescription(s.idstr, s.instance_id, s.version_id, len(s.payload))
+                for s in state.sections
+            ]
+            text = encode_description(devices, self._page_size)
+            state = dataclasses.replace(state, raw=state.raw + text)
+        self._write_end(state)
 
     @contextlib.contextmanager
     def _naming_file(self) -> Iterator[None]:
