@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
+from mig import _core
 from mig.channel import Channel, Listener, parse_uri, require_many_connections
 from mig.channel.open import Cancel
 from mig.channel.uri import TcpUri, UnixUri
@@ -96,7 +97,7 @@ class IncomingMigration(Migration):
         self._lanes: IncomingLanes | None = None
         self._done_watching = False
         self._committed = False
-        self._say_lock = threading.Lock()
+        self._requests = _core.PageRequests()
         self._urgent: UrgentChannel | None = None
         self._postcopy: IncomingPostcopy | None = None
         # bytes of the connections before this one
@@ -164,7 +165,7 @@ class IncomingMigration(Migration):
             channel = self._listener.accept(self._cancel, self.parameters.timeout)
             reader = StreamReader(channel)
             if Capability.POSTCOPY_PREEMPT in self.capabilities:
-                self._urgent = UrgentChannel(self._listener, self._urgent_failed)
+                self._urgent = UrgentChannel(self._listener, self._urgent_ended)
             else:
                 self._watch_for_more_connections()
         with self._lock:
@@ -218,8 +219,9 @@ class IncomingMigration(Migration):
         loader.run()
         if loader.package is not None:
             self._postcopy = IncomingPostcopy(_Line(self, loader), loader, guest)
-            guest.postcopy_listen(None)
+            self._attach_requests()
             self._move(Input.POSTCOPY)
+            guest.postcopy_listen(self._requests)
             self._postcopy.run()
 
     def _on_command(self, command: Command) -> None:
@@ -249,16 +251,18 @@ class IncomingMigration(Migration):
         self._say_bytes(message.encode())
 
     def _say_bytes(self, data: bytes) -> None:
-        with self._say_lock:
-            if self._return is not None:
-                self._return.put(data)
-                self._return.flush()
+        if self._postcopy is not None:
+            self._requests.send(data)
+        elif self._return is not None:
+            self._return.put(data)
+            self._return.flush()
 
     def _confirm(self) -> None:
         assert self._channel is not None
         if self._postcopy is not None:
             # the guest is here, with all of its memory, whatever the source hears of it
             self._channel.restore()
+            self._attach_requests()
             with contextlib.suppress(ChannelError):
                 self._say(ReturnMessage.shut(0))
             return
@@ -311,10 +315,14 @@ class IncomingMigration(Migration):
 
     # ---- breaks of a postcopy ---------------------------------------------------------------
 
-    def _urgent_failed(self, error: MigError) -> None:
+    def _urgent_ended(self, error: MigError | None) -> None:
         """What is wrong with one connection is wrong with both."""
+        guest = cast("PostcopyGuest", self._guest)
+        server = guest.postcopy_server()
+        if server is not None:
+            server.interrupt()
         with self._lock:
-            if self._channel is not None:
+            if error is not None and self._channel is not None:
                 self._channel.cancel()
 
     def _abandon(self) -> None:
@@ -335,8 +343,8 @@ class IncomingMigration(Migration):
             self._before += reader.offset
         if channel is not None:
             channel.cancel()
-            with self._say_lock:
-                self._return = None
+            self._requests.attach(None)
+            self._return = None
             channel.close()
         if self._listener is not None:
             self._stop_watching()
@@ -349,12 +357,18 @@ class IncomingMigration(Migration):
         with contextlib.closing(Cancel()) as never:
             channel = listener.accept(never, self.parameters.timeout)
         if Capability.POSTCOPY_PREEMPT in self.capabilities:
-            self._urgent = UrgentChannel(listener, self._urgent_failed)
+            self._urgent = UrgentChannel(listener, self._urgent_ended)
         reader = StreamReader(channel)
         with self._lock:
             self._channel, self._reader = channel, reader
-        self._open_return_path()
+        if channel.bidirectional:
+            self._return = StreamWriter(channel)
+        self._attach_requests()
         return reader
+
+    def _attach_requests(self) -> None:
+        channel = self._channel if self._return is not None else None
+        self._requests.attach(channel.writes_to if channel is not None else None)
 
     # ---- ends -------------------------------------------------------------------------------
 
@@ -370,6 +384,7 @@ class IncomingMigration(Migration):
                 self._urgent.close()
             with self._lock:
                 channel, self._channel = self._channel, None
+            self._requests.attach(None)
             if channel is not None:
                 channel.close()
             if self._listener is not None:
@@ -392,6 +407,8 @@ class IncomingMigration(Migration):
         """Tell the source, on a return path that may be the one that was interrupted."""
         if self._return is not None and self._channel is not None:
             self._channel.restore()
+            if self._postcopy is not None:
+                self._attach_requests()
             self._say(ReturnMessage.shut(1))
 
     def _interrupt(self) -> None:
@@ -439,14 +456,16 @@ class _Line:
     def say(self, data: bytes) -> None:
         self._migration._say_bytes(data)
 
-    def serve_urgent(self) -> None:
-        if self._migration._urgent is not None:
-            self._migration._urgent.serve(self._loader, self._migration._guest)
+    def serve_urgent(self) -> bool:
+        urgent = self._migration._urgent
+        if urgent is not None:
+            urgent.serve(self._loader)
+        return urgent is not None
 
     def drain_urgent(self) -> None:
-        urgent, guest = self._migration._urgent, self._migration._guest
-        if urgent is not None and isinstance(guest, PostcopyTarget):
-            urgent.drain(guest.postcopy_wanted)
+        server = cast("PostcopyGuest", self._migration._guest).postcopy_server()
+        if self._migration._urgent is not None and server is not None:
+            server.drain()
 
     def abandon(self) -> None:
         self._migration._abandon()

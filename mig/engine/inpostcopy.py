@@ -7,6 +7,7 @@ import struct
 import threading
 from typing import Protocol
 
+from mig import _core
 from mig.channel import Listener
 from mig.errors import ChannelError, MigError, StreamError, as_mig_error
 from mig.guest import DestinationGuest, PostcopyTarget
@@ -16,6 +17,9 @@ from mig.records import Command, ReturnMessage
 from mig.state import Input
 from mig.stream.reader import StreamReader
 from mig.wire import PONG_LOADED, CommandType, ReturnType
+
+#: how long a connection for urgent pages, which sources open early, is waited for (seconds)
+_URGENT_PATIENCE = 5.0
 
 
 class PostcopyGuest(DestinationGuest, PostcopyTarget, Protocol):
@@ -31,11 +35,11 @@ class Line(Protocol):
     def say(self, data: bytes) -> None:
         """Write on the return path, if there is one; ChannelError. Any thread."""
 
-    def serve_urgent(self) -> None:
-        """Pages can come beside the main channel."""
+    def serve_urgent(self) -> bool:
+        """Pages can come beside the main channel; whether they may."""
 
     def drain_urgent(self) -> None:
-        """Wait for the pages that are still to come there; raises what ended it."""
+        """Wait for the pages that are still to come there; ChannelError when they do not."""
 
     def abandon(self) -> None:
         """End every wait for the source."""
@@ -72,9 +76,13 @@ class IncomingPostcopy:
         """Do all of it; returns when every page is there."""
         guest, package = self._guest, self._loader.package
         assert package is not None
-        self._line.serve_urgent()
+        server = guest.postcopy_server()
+        self._loader.serve_by(server)
+        urgent = self._line.serve_urgent()
         self._thread.start()
         try:
+            if server is not None:
+                self._await_readers(server, urgent)
             guest.load_devices(package.state)
             for value in (*package.pings, PONG_LOADED):
                 self._answer(ReturnMessage.pong(value).encode())
@@ -85,9 +93,22 @@ class IncomingPostcopy:
             if not self._runs:
                 self._line.abandon()
             self._thread.join()
+            if not self._runs:
+                guest.postcopy_end()
         if self._error is not None:
             raise self._error
         guest.postcopy_end()
+
+    @staticmethod
+    def _await_readers(server: _core.FaultServer, urgent: bool) -> None:
+        """Wait until pages come without Python: who loads devices may touch what is missing.
+
+        Then Python's lock is held until the page is there.
+        """
+        server.await_readers(1)
+        if urgent:
+            # where it connects later, devices that touch memory have to take their chance
+            server.await_readers(2, _URGENT_PATIENCE)
 
     def _answer(self, data: bytes) -> None:
         """Say something that nobody waits for: if it cannot be said, the listen thread notices."""
@@ -109,6 +130,9 @@ class IncomingPostcopy:
             self._loader.listen()
             self._line.drain_urgent()
         except BaseException as error:
+            server = self._guest.postcopy_server()
+            if server is not None:
+                server.interrupt()
             self._decided.wait()
             if self._runs:
                 self._interrupted(as_mig_error(error))

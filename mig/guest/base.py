@@ -140,26 +140,23 @@ class PostcopyTarget(Protocol):
     def postcopy_discard(self, idstr: str, start: int, nbytes: int) -> None:
         """Forget these bytes of a block, whatever was put there; they come again."""
 
-    def postcopy_listen(self, requests: _core.PageRequests | None) -> None:
-        """From now on serve accesses to what is not there.
-
-        requests: asks the source for pages; None when nothing can be asked
-        """
+    def postcopy_listen(self, requests: _core.PageRequests) -> None:
+        """From now on serve accesses to what is not there; ``requests`` asks the source."""
 
     def postcopy_run(self) -> None:
         """Everything but memory is loaded: let the guest run, if it is one that does."""
 
+    def postcopy_server(self) -> _core.FaultServer | None:
+        """Return what places pages without Python; None: put() does. From listen to end."""
+
     def postcopy_received(self, idstr: str) -> _core.Bitmap:
         """Return which pages of a block are there, for a recovery; KeyError. No put() meanwhile."""
 
-    def postcopy_wanted(self) -> int:
-        """Return how many pages are asked for and not there yet. Any thread."""
-
     def postcopy_ask_again(self) -> None:
-        """Ask again for all of these: they were asked for on a connection that broke."""
+        """Ask again for all that is missing: it was asked for on a connection that broke."""
 
     def postcopy_end(self) -> None:
-        """All pages have come."""
+        """All pages have come, or, after a failure before run(), none will."""
 
 
 @runtime_checkable

@@ -176,7 +176,7 @@ class StreamCapture:
         assert self._received is not None
         self._received[idstr].clear(start // self._page_size, nbytes // self._page_size)
 
-    def postcopy_listen(self, requests: _core.PageRequests | None) -> None:
+    def postcopy_listen(self, requests: _core.PageRequests) -> None:
         """Be ready for two connections that bring pages."""
         self._postcopy = True
         with self._naming_file():
@@ -185,26 +185,26 @@ class StreamCapture:
     def postcopy_run(self) -> None:
         """Nothing runs."""
 
+    def postcopy_server(self) -> None:
+        """Return None: pages come by put()."""
+
     def postcopy_received(self, idstr: str) -> _core.Bitmap:
         """Return which pages of a block the file has."""
         assert self._received is not None
         return self._received[idstr]
 
-    def postcopy_wanted(self) -> int:
-        """Return 0: nothing is asked for."""
-        return 0
-
     def postcopy_ask_again(self) -> None:
         """Nothing was asked for."""
 
     def postcopy_end(self) -> None:
-        """Write the end of the file.
+        """Write the end of the file, if there is all of it.
 
         A package has no description, yet a QEMU that loads the file with a return path would wait
         for one: the footers tell what stands in it.
         """
         state = self._state
-        assert state is not None
+        if state is None:
+            return
         if state.sections is not None:
             devices = [
                 DeviceDescription(s.idstr, s.instance_id, s.version_id, len(s.payload))

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from enum import IntEnum
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
-from mig.errors import StreamError
+from mig import _core
+from mig.errors import StreamError, TruncatedError
 from mig.postcopy.commands import Advise, Discard, Package
-from mig.ram.load import PageSink, RamLoader
 from mig.records import Command
 from mig.savevm.load import LoadTarget, StreamLoader
 from mig.stream.reader import StreamReader
@@ -24,6 +24,14 @@ class PostcopyState(IntEnum):
     LISTENING = 3
     RUNNING = 4
     END = 5
+
+
+@runtime_checkable
+class LoopSource(Protocol):
+    """A source of bytes that a loop in C can read from."""
+
+    def read_by(self, loop: Callable[[_core.Descriptor], None]) -> None:
+        """Have it do so."""
 
 
 class PostcopyLoadTarget(LoadTarget, Protocol):
@@ -55,6 +63,7 @@ class PostcopyLoader(StreamLoader):
         self._postcopy_target = target
         self.state = PostcopyState.NONE
         self.package: Package | None = None
+        self._server: _core.FaultServer | None = None
         # between a break and POSTCOPY_RESUME only questions may come
         self._resuming = False
 
@@ -143,16 +152,63 @@ class PostcopyLoader(StreamLoader):
 
     # ---- after it ---------------------------------------------------------------------------
 
-    def beside(self, reader: StreamReader, sink: PageSink) -> RamLoader:
-        """Return the loader of the connection that urgent pages come on."""
+    def serve_by(self, server: _core.FaultServer | None) -> None:
+        """Have pages placed without Python from now on, where there is such a server."""
+        self._server = server
+
+    def load_urgent(self, reader: StreamReader) -> None:
+        """Read the connection that urgent pages come on, up to EOS."""
         assert self._ram is not None
         reader.section = RAM_IDSTR
-        return self._ram.beside(reader, sink)
+        loader = self._ram.beside(reader)
+        if self._server is None:
+            loader.load_payload()
+        elif loader.parser is not None:
+            self._place(reader, loader.parser, bare=True)
 
     def listen(self) -> None:
         """Read the rest of the stream, through its EOF."""
         while self.state != PostcopyState.END:
-            self._load_late_item()
+            if self._server is None or self._resuming:
+                self._load_late_item()
+            else:
+                assert self._ram is not None
+                assert self._ram.parser is not None
+                self._place(self._reader, self._ram.parser, bare=False)
+                self.state = PostcopyState.END
+
+    def _place(self, reader: StreamReader, parser: _core.RamParser, *, bare: bool) -> None:
+        """Have the rest of a connection read and its pages placed."""
+        assert self._server is not None
+        source = reader.source
+        assert isinstance(source, LoopSource)
+        begin = reader.offset
+        data = reader.take(reader.available)
+        pages = _core.PageReader(
+            self._server,
+            parser,
+            data=data,
+            section_id=self._ram_id,
+            footers=bool(self._footers),
+            bare=bare,
+        )
+        try:
+            source.read_by(lambda descriptor: self._run(pages, descriptor, begin))
+        finally:
+            reader.went_past(pages.offset - len(data))
+            self._counters.add(pages.normal + pages.zero, pages.zero)
+
+    def _run(self, pages: _core.PageReader, source: _core.Descriptor, begin: int) -> None:
+        try:
+            if pages.run(source):
+                return
+            raise StreamError("what does not belong into postcopy", offset=begin + pages.offset)
+        except EOFError:
+            at = begin + pages.offset
+            raise TruncatedError("stream ends before its end", offset=at) from None
+        except _core.RamRecordError as error:
+            at = begin + pages.offset
+            raise StreamError(str(error), offset=at, section=RAM_IDSTR) from error
 
     def resume_on(self, reader: StreamReader) -> None:
         """Have listen() go on with another connection, which begins with the handshake."""

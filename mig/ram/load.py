@@ -80,13 +80,18 @@ class RamLoader:
         self._parser: _core.RamParser | None = None
         self.blocks: tuple[BlockInfo, ...] = ()
 
+    @property
+    def parser(self) -> _core.RamParser | None:
+        """What parses its records, None before the block list."""
+        return self._parser
+
     def move_to(self, reader: StreamReader) -> None:
         """Go on with another connection (recovery of a postcopy)."""
         self._reader = reader
 
-    def beside(self, reader: StreamReader, sink: PageSink) -> RamLoader:
+    def beside(self, reader: StreamReader) -> RamLoader:
         """Return the loader of another connection that brings pages of these blocks."""
-        other = RamLoader(reader, sink, self._page_size, self._counters)
+        other = RamLoader(reader, self._sink, self._page_size, self._counters)
         other.blocks = self.blocks
         other._parser = self._new_parser()
         return other

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import threading
 import time
@@ -37,24 +38,18 @@ class Proxy:
 
     @staticmethod
     def _pass_on(one: socket.socket, other: socket.socket) -> None:
-        try:
+        with contextlib.suppress(OSError):
             while data := one.recv(1 << 16):
                 other.sendall(data)
-        except OSError:
-            pass
         for end in (one, other):
-            try:
+            with contextlib.suppress(OSError):
                 end.shutdown(socket.SHUT_RDWR)
-            except OSError:
-                pass
 
     def cut(self) -> None:
         sockets, self._sockets = self._sockets, []
         for end in sockets:
-            try:
+            with contextlib.suppress(OSError):
                 end.shutdown(socket.SHUT_RDWR)
-            except OSError:
-                pass
 
     def close(self) -> None:
         self._listener.close()

@@ -195,7 +195,12 @@ def test_a_broken_urgent_connection_pauses_both(made, tmp_path):
 
 @pytest.mark.parametrize(
     "wrong",
-    [b"\x05", postcopy.pages([record(1, 1)]), stream.command(99), postcopy.discard("vga", (0, PAGE))],
+    [
+        b"\x05",
+        postcopy.pages([record(1, 1)]),
+        stream.command(99),
+        postcopy.discard("vga", (0, PAGE)),
+    ],
     ids=["subsection", "page", "unknown", "discard"],
 )
 def test_nonsense_while_it_recovers_pauses_again(kept, tmp_path, wrong):
