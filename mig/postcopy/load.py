@@ -214,6 +214,8 @@ class PostcopyLoader(StreamLoader):
         """Have listen() go on with another connection, which begins with the handshake."""
         assert self._ram is not None
         self._reader, self._resuming = reader, True
+        # what the source had said to be the end was not
+        self.state, self._ram_ended = PostcopyState.LISTENING, False
         self._ram.move_to(reader)
 
     def _load_late_item(self) -> None:

@@ -331,7 +331,7 @@ def test_urgent_pages_that_never_come_are_a_break(made, tmp_path):
     box.reach("postcopy-paused")
     box.incoming.recover(f"unix:{tmp_path / 'again'}")
     source = Source.connect(box.incoming.uri)
-    Source.connect(box.incoming.uri)
+    urgent = Source.connect(box.incoming.uri)
     source.send(stream.command(postcopy.RESUME))
     source.expect(postcopy.RESUME_ACK, 1)
     assert source.request() == ("pc.ram", 103 * PAGE, PAGE)
