@@ -21,6 +21,19 @@ enum mig_uffd_error {
     MIG_E_UFFD_MISSING = -5053,   /* who was to bring the pages that are wanted has gone */
 };
 
+/* Numbers of the wire; compared with mig/wire.py by a test. */
+enum mig_wire_number {
+    MIG_TYPE_EOF = 0x00,
+    MIG_TYPE_PART = 0x02,
+    MIG_TYPE_END = 0x03,
+    MIG_TYPE_COMMAND = 0x08,
+    MIG_TYPE_FOOTER = 0x7e,
+    MIG_COMMAND_PING = 2,
+    MIG_RETURN_PONG = 2,
+    MIG_RETURN_REQ_PAGES_ID = 3,
+    MIG_RETURN_REQ_PAGES = 4,
+};
+
 /* ---- the return path ------------------------------------------------------------------------- */
 
 /* Written by several threads, and from time to time by none. */

@@ -13,8 +13,6 @@
 enum {
     MAX_MESSAGES = 64,
     MAX_RUNS = 64,
-    REQ_PAGES_ID = 3,
-    REQ_PAGES = 4,
     RETURN_HEADER = 4,
     REQUEST = 12,
     /* be32: what one request may ask for, in whole units whatever these are */
@@ -64,9 +62,9 @@ static int ask(struct mig_reply *r, int64_t number, const struct mig_uffd_block 
         message[RETURN_HEADER + 8 + i] = (uint8_t)(nbytes >> (24 - 8 * i));
     }
     message[0] = message[2] = 0;
-    message[1] = REQ_PAGES;
+    message[1] = MIG_RETURN_REQ_PAGES;
     if (r->block != number) {
-        message[1] = REQ_PAGES_ID;
+        message[1] = MIG_RETURN_REQ_PAGES_ID;
         message[RETURN_HEADER + REQUEST] = (uint8_t)block->name_len;
         memcpy(message + RETURN_HEADER + REQUEST + 1, block->name, block->name_len);
         length += 1 + block->name_len;

@@ -5,17 +5,9 @@
 #include "uffd.h"
 
 enum {
-    /* compared with mig/wire.py by a test */
-    TYPE_EOF = 0x00,
-    TYPE_PART = 0x02,
-    TYPE_END = 0x03,
-    TYPE_COMMAND = 0x08,
-    TYPE_FOOTER = 0x7e,
-    COMMAND_PING = 2,
-    RETURN_PONG = 2,
     SECTION_HEADER = 5, /* type, be32 id: of a footer, too */
     COMMAND_HEADER = 5, /* type, be16 command, be16 length */
-    PING = 4,
+    PING_BYTES = 4,
 };
 
 static const uint8_t *at(const struct mig_uffd_stream *s) { return s->buf + s->start; }
@@ -140,7 +132,7 @@ static int check_id(struct mig_uffd_stream *s)
 
 static int read_section(struct mig_uffd_stream *s)
 {
-    bool last = *at(s) == TYPE_END;
+    bool last = *at(s) == MIG_TYPE_END;
     int rc = check_id(s);
 
     if (rc == 0) {
@@ -149,7 +141,7 @@ static int read_section(struct mig_uffd_stream *s)
     }
     if (rc == 0 && s->footers) {
         rc = check_id(s);
-        if (rc == 0 && *at(s) != TYPE_FOOTER) {
+        if (rc == 0 && *at(s) != MIG_TYPE_FOOTER) {
             rc = MIG_E_UFFD_SECTION;
         }
         if (rc == 0) {
@@ -163,17 +155,17 @@ static int read_section(struct mig_uffd_stream *s)
 /* PING is answered; anything else is left for the caller. */
 static int read_command(struct mig_uffd_stream *s)
 {
-    uint8_t pong[] = {0, RETURN_PONG, 0, PING, 0, 0, 0, 0};
-    int rc = need(s, COMMAND_HEADER + PING);
+    uint8_t pong[] = {0, MIG_RETURN_PONG, 0, PING_BYTES, 0, 0, 0, 0};
+    int rc = need(s, COMMAND_HEADER + PING_BYTES);
 
     if (rc < 0) {
         return rc == MIG_E_UFFD_TRUNCATED ? MIG_UFFD_OTHER : rc;
     }
-    if (at(s)[1] || at(s)[2] != COMMAND_PING || at(s)[3] || at(s)[4] != PING) {
+    if (at(s)[1] || at(s)[2] != MIG_COMMAND_PING || at(s)[3] || at(s)[4] != PING_BYTES) {
         return MIG_UFFD_OTHER;
     }
-    memcpy(pong + 4, at(s) + COMMAND_HEADER, PING);
-    skip(s, COMMAND_HEADER + PING);
+    memcpy(pong + 4, at(s) + COMMAND_HEADER, PING_BYTES);
+    skip(s, COMMAND_HEADER + PING_BYTES);
     /* when it cannot be said the next read says why */
     (void)mig_reply_send(s->reply, pong, sizeof(pong));
     return 0;
@@ -187,12 +179,12 @@ static int read_item(struct mig_uffd_stream *s, bool *over)
         return rc;
     }
     switch (*at(s)) {
-    case TYPE_PART:
-    case TYPE_END:
+    case MIG_TYPE_PART:
+    case MIG_TYPE_END:
         return s->ended ? MIG_UFFD_OTHER : read_section(s);
-    case TYPE_COMMAND:
+    case MIG_TYPE_COMMAND:
         return read_command(s);
-    case TYPE_EOF:
+    case MIG_TYPE_EOF:
         if (s->ended) {
             skip(s, 1);
             *over = true;

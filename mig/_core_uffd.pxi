@@ -7,6 +7,15 @@ cdef extern from "uffd.h" nogil:
         MIG_E_UFFD_MISSING
         MIG_UFFD_BUCKETS
         MIG_UFFD_OTHER
+        MIG_TYPE_EOF
+        MIG_TYPE_PART
+        MIG_TYPE_END
+        MIG_TYPE_COMMAND
+        MIG_TYPE_FOOTER
+        MIG_COMMAND_PING
+        MIG_RETURN_PONG
+        MIG_RETURN_REQ_PAGES_ID
+        MIG_RETURN_REQ_PAGES
 
     struct mig_reply:
         pthread_mutex_t lock
@@ -70,6 +79,22 @@ cdef extern from "uffd.h" nogil:
 
     int mig_uffd_read(mig_uffd_stream *s)
 
+
+POSTCOPY_NUMBERS = {
+    "SectionType": {
+        "EOF": MIG_TYPE_EOF,
+        "PART": MIG_TYPE_PART,
+        "END": MIG_TYPE_END,
+        "COMMAND": MIG_TYPE_COMMAND,
+        "FOOTER": MIG_TYPE_FOOTER,
+    },
+    "CommandType": {"PING": MIG_COMMAND_PING},
+    "ReturnType": {
+        "PONG": MIG_RETURN_PONG,
+        "REQ_PAGES_ID": MIG_RETURN_REQ_PAGES_ID,
+        "REQ_PAGES": MIG_RETURN_REQ_PAGES,
+    },
+}
 
 #: bytes that are read ahead of the pages that are placed: they make urgent ones wait
 cdef size_t _UFFD_READ_AHEAD = 1 << 18

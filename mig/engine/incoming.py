@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from mig import _core
@@ -31,7 +32,7 @@ from mig.postcopy.load import PostcopyLoader
 from mig.records import Command, ReturnMessage
 from mig.savevm.load import StreamLoader
 from mig.state import INCOMING, Input, Status, Table
-from mig.stats import InetAddress, RamStats, UnixAddress
+from mig.stats import InetAddress, MigrationInfo, RamStats, UnixAddress
 from mig.stream.reader import StreamReader
 from mig.stream.writer import StreamWriter
 from mig.wire import (
@@ -352,10 +353,14 @@ class IncomingMigration(Migration):
             self._listener = None
 
     def _reconnect(self, listener: Listener) -> StreamReader:
-        self._listener = listener
         # nobody cancels a postcopy that is paused
         with contextlib.closing(Cancel()) as never:
-            channel = listener.accept(never, self.parameters.timeout)
+            try:
+                channel = listener.accept(never, self.parameters.timeout)
+            except BaseException:
+                listener.close()
+                raise
+        self._listener = listener
         if Capability.POSTCOPY_PREEMPT in self.capabilities:
             self._urgent = UrgentChannel(listener, self._urgent_ended)
         reader = StreamReader(channel)
@@ -420,6 +425,25 @@ class IncomingMigration(Migration):
                 self._lanes.cancel()
             if self._connections is not None:
                 self._connections.cancel()
+
+    def query(self) -> MigrationInfo:
+        """Return a snapshot of status and statistics.
+
+        In postcopy-paused `error` tells why; capability postcopy-blocktime counts the waiting.
+        """
+        info = super().query()
+        if info.status == Status.POSTCOPY_PAUSED and self._postcopy is not None:
+            info = replace(info, error=str(self._postcopy.interruption))
+        if Capability.POSTCOPY_BLOCKTIME in self.capabilities and isinstance(
+            self._guest, PostcopyTarget
+        ):
+            times = self._guest.postcopy_times()
+            info = replace(
+                info,
+                postcopy_blocktime=times.all_vcpus,
+                postcopy_vcpu_blocktime=times.vcpus,
+            )
+        return info
 
     def _socket_addresses(self) -> tuple[InetAddress | UnixAddress, ...]:
         uri = None if self.uri is None else parse_uri(self.uri)

@@ -8,6 +8,7 @@ from typing import Protocol, runtime_checkable
 from mig import _core
 from mig.dirty import DirtyLog
 from mig.postcopy.commands import Advise
+from mig.postcopy.times import PostcopyTimes
 from mig.ram.search import SourceBlock
 from mig.records import Configuration
 from mig.savevm.load import LoadTarget
@@ -154,6 +155,9 @@ class PostcopyTarget(Protocol):
 
     def postcopy_ask_again(self) -> None:
         """Ask again for all that is missing: it was asked for on a connection that broke."""
+
+    def postcopy_times(self) -> PostcopyTimes:
+        """Return how long the guest waited for pages. Any thread."""
 
     def postcopy_end(self) -> None:
         """All pages have come, or, after a failure before run(), none will."""

@@ -11,7 +11,8 @@ from mig.errors import MigError, MismatchError
 from mig.memory import GuestMemory
 from mig.pages import HOST_PAGE_SIZE
 from mig.postcopy.commands import Advise
-from mig.postcopy.faults import MemoryFaults, PostcopyTimes
+from mig.postcopy.faults import MemoryFaults
+from mig.postcopy.times import PostcopyTimes
 from mig.ram.search import SourceBlock
 from mig.records import BlockInfo, Configuration
 from mig.savevm.devices import DeviceState

@@ -13,6 +13,7 @@ from pathlib import Path
 from mig import _core
 from mig.errors import ChannelError, MismatchError
 from mig.postcopy.commands import Advise
+from mig.postcopy.times import PostcopyTimes
 from mig.records import (
     BlockInfo,
     BlockList,
@@ -154,9 +155,10 @@ class StreamCapture:
         tail += [encode_continuation(SectionType.END, self._section_id), _EOS, self._footer()]
         tail.append(state.raw)
         with self._naming_file():
-            log = self._open_log(self._any_parser())
-            for number, received in enumerate((self._received or {}).values()):
-                _core.blank_missing(log, number, received)
+            log = self._open_log(_core.RamParser([], self._page_size))
+            if self._postcopy and self._received is not None:
+                for number, received in enumerate(self._received.values()):
+                    _core.blank_missing(log, number, received)
             log.put_zeros()
             log.append(b"".join(tail))
             log.finish()
@@ -195,6 +197,10 @@ class StreamCapture:
 
     def postcopy_ask_again(self) -> None:
         """Nothing was asked for."""
+
+    def postcopy_times(self) -> PostcopyTimes:
+        """Return none: nobody waits."""
+        return PostcopyTimes()
 
     def postcopy_end(self) -> None:
         """Write the end of the file, if there is all of it.

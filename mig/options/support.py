@@ -23,6 +23,7 @@ OUTGOING_CAPABILITIES: Final = frozenset(
 INCOMING_CAPABILITIES: Final = frozenset(
     {
         Capability.MULTIFD,
+        Capability.POSTCOPY_BLOCKTIME,
         Capability.POSTCOPY_PREEMPT,
         Capability.POSTCOPY_RAM,
         Capability.RETURN_PATH,

@@ -97,7 +97,7 @@ class PostcopyLoader(StreamLoader):
         return StreamError(f"{name} in wrong postcopy state ({self.state:d})", offset=at)
 
     def _advise(self, command: Command, at: int) -> None:
-        if self.state != PostcopyState.NONE:
+        if self.state != PostcopyState.NONE or self._ram is not None:
             raise self._wrong_state(command, at)
         try:
             advise = Advise.parse(command.data)

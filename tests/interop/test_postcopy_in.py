@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import socket
 import threading
 import time
 
 import pytest
 
+import mig
+from mig.postcopy.faults import MemoryFaults
+
+PAGE = 4096
 FOREVER = 60.0
 SLOW = 4 << 20
 
@@ -102,8 +107,14 @@ def test_qemu_postcopies_into_a_file(lab, assert_goes_on, version, preempt):
     restored(lab, version, spec, source, file, assert_goes_on)
 
 
-@pytest.mark.parametrize("preempt", [False, True], ids=["plain", "preempt"])
-@pytest.mark.parametrize("version", ["7.2", "10.0"])
+@pytest.mark.parametrize(
+    ("version", "preempt"),
+    [
+        pytest.param("7.2", False, id="7.2-plain"),
+        pytest.param("7.2", True, id="7.2-preempt"),
+        pytest.param("10.0", True, id="10.0-preempt"),
+    ],
+)
 def test_qemu_resumes_a_postcopy_into_a_file(lab, assert_goes_on, version, preempt):
     spec = lab.spec("pc", "idle" if version == "7.2" else "dirty")
     source = lab.boot(version, spec)
@@ -123,3 +134,87 @@ def test_qemu_resumes_a_postcopy_into_a_file(lab, assert_goes_on, version, preem
     assert command.result()["status"] == "completed"
     assert source.wait_migration()["status"] == "completed"
     restored(lab, version, spec, source, file, assert_goes_on)
+
+
+class Mirror(mig.MemoryGuest):
+    """Has whatever memory the source has, and devices that nobody looks at."""
+
+    def __init__(self) -> None:
+        super().__init__("any", mig.GuestMemory())
+        self.resumed = threading.Event()
+        self._on_resume = self.resumed.set
+
+    def configure(self, configuration) -> None:
+        pass
+
+    def postcopy_advise(self, advise) -> None:
+        assert advise.page_sizes == PAGE
+        self._faults = MemoryFaults(self.memory)
+
+    def open_blocks(self, blocks, page_size) -> None:
+        for info in blocks:
+            self.memory.add(info.idstr, info.used_length)
+        super().open_blocks(blocks, page_size)
+
+    def load_devices(self, state) -> None:
+        assert len(state.sections) > 10
+
+
+def touched(block, number) -> bytes:
+    """Read a page as a guest does: without Python's lock."""
+    near, far = os.pipe()
+    with block.view[number * PAGE : (number + 1) * PAGE] as page:
+        os.write(far, page)
+    os.close(far)
+    data = os.read(near, PAGE)
+    os.close(near)
+    return data
+
+
+@pytest.mark.parametrize("preempt", [False, True], ids=["plain", "preempt"])
+@pytest.mark.parametrize("version", ["7.2", "10.0"])
+def test_qemu_s_memory_comes_as_it_is_touched(lab, tmp_path, version, preempt):
+    source = lab.boot(version, lab.spec("pc", "idle" if version == "7.2" else "dirty"))
+    mirror = Mirror()
+    capabilities = {"postcopy-ram": True, "postcopy-preempt": preempt}
+    incoming = mig.IncomingMigration(mirror, capabilities=capabilities)
+    incoming.listen(f"unix:{tmp_path / 'in'}")
+    proxy = Proxy(lab.path("proxy"), incoming.uri)
+    lab.stack.callback(proxy.close)
+    source.set_parameters({"max-postcopy-bandwidth": SLOW})
+    starts_postcopy(source, proxy.uri, preempt)
+    assert mirror.resumed.wait(FOREVER)
+    ram, seen = mirror.memory["pc.ram"], {}
+    numbers = list(range(5, ram.pages.npages, ram.pages.npages // 80))
+    for number in numbers[:40]:
+        seen[number] = touched(ram, number)
+    requests = mirror.postcopy_times().requests
+    assert requests > 10
+    proxy.cut()
+    assert wait_for(source, "postcopy-paused") == "postcopy-paused"
+    waiting = [
+        threading.Thread(target=lambda n=n: seen.update({n: touched(ram, n)}), daemon=True)
+        for n in numbers[40:]
+    ]
+    for thread in waiting:
+        thread.start()
+    while incoming.status != "postcopy-paused":
+        time.sleep(0.01)
+    incoming.recover(f"unix:{tmp_path / 'in'}")
+    source.command("migrate", uri=proxy.uri, resume=True)
+    for thread in waiting:
+        thread.join(FOREVER)
+    assert len(seen) == len(numbers)
+    source.set_parameters({"max-postcopy-bandwidth": 0})
+    assert incoming.wait(FOREVER)
+    assert source.wait_migration()["status"] == "completed"
+    # the guest stands still at the source, with all that it had
+    file = tmp_path / "memory"
+    source.command("pmemsave", val=0, size=ram.used_length, filename=str(file))
+    theirs, mine = file.read_bytes(), bytes(ram.view)
+    low = 0xA0000
+    high = 0x100000
+    assert mine[:low] == theirs[:low]
+    assert mine[high:] == theirs[high:]
+    for number, data in seen.items():
+        assert data == mine[number * PAGE : (number + 1) * PAGE]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import threading
 
 import pytest
@@ -152,6 +153,7 @@ def test_a_break_is_mended(kept, tmp_path):
     kept.source.send(postcopy.pages([record(6, 107)])[:-40])
     kept.source.close()
     kept.reach("postcopy-paused")
+    assert "stream ends" in kept.incoming.query().to_qmp()["error-desc"]
     with pytest.raises(StateError):
         kept.incoming.cancel()
     for _ in range(2):
@@ -270,6 +272,7 @@ def discarding(data: bytes) -> bytes:
         (H + stream.command(postcopy.RECV_BITMAP, b"\3vga"), "RECV_BITMAP in wrong"),
         (H + stream.command(postcopy.RESUME), "POSTCOPY_RESUME in wrong postcopy state (1)"),
         (H + LISTEN, "outside of a package"),
+        (H.replace(postcopy.advise(), b"") + postcopy.advise(), "ADVISE in wrong postcopy state"),
         (D + stream.command(postcopy.PACKAGED, b"\xff\xff\xff\xff"), "Unreasonably large"),
         (D + postcopy.packaged(b""), "without POSTCOPY_LISTEN"),
         (D + postcopy.packaged(LISTEN), "does not end with POSTCOPY_RUN"),
@@ -374,3 +377,23 @@ def test_a_full_disk_is_waited_for(made, tmp_path):
     assert source.bitmap("pc.ram") == [0, 1, 2, 3, 4]
     source.send(stream.command(postcopy.RESUME) + kept.rest())
     kept.check()
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_damaged_streams_pause_or_fail(made, tmp_path, seed):
+    """Whatever is wrong after the switch, the source can still bring it to an end."""
+    rng = random.Random(seed)
+    kept = Kept(made, tmp_path)
+    kept.begin()
+    kept.switch()
+    pongs(kept.source)
+    data = bytearray(kept.rest())
+    for _ in range(3):
+        data[rng.randrange(len(data) // 2)] ^= 1 << rng.randrange(8)
+    kept.source.send(bytes(data[: rng.randrange(len(data))]))
+    kept.source.close()
+    kept.reach("postcopy-paused")
+    kept.incoming.recover(f"unix:{tmp_path / 'again'}")
+    source = Source.connect(kept.incoming.uri)
+    source.send(stream.command(postcopy.RESUME) + kept.rest())
+    assert kept.incoming.wait(FOREVER)

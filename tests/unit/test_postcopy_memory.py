@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import random
 import threading
 
 import numpy as np
@@ -15,7 +16,8 @@ from unit.boxes import FOREVER, error_of
 import mig
 from mig import _core
 from mig.errors import MigError, MismatchError, OptionError
-from mig.postcopy.faults import MemoryFaults, PostcopyTimes
+from mig.postcopy.faults import MemoryFaults
+from mig.postcopy.times import PostcopyTimes
 
 NPAGES = 256
 RAM, BIG = b"pc.ram", b"big"
@@ -295,6 +297,26 @@ def test_what_was_asked_for_is_asked_for_again_after_a_break(box, tmp_path):
     box.finish(source)
 
 
+@pytest.mark.parametrize("seed", range(12))
+def test_damaged_streams_pause(made, tmp_path, seed):
+    rng = random.Random(seed)
+    box = Box(made, tmp_path, big=True)
+    box.switch()
+    box.runs()
+    data = bytearray(postcopy.pages(box.rest(), 3) + b"\0")
+    for _ in range(3):
+        data[rng.randrange(len(data) // 2)] ^= 1 << rng.randrange(8)
+    box.source.send(bytes(data[: rng.randrange(len(data))]))
+    box.source.close()
+    box.reach("postcopy-paused")
+    box.incoming.recover(f"unix:{tmp_path / 'again'}")
+    source = Source.connect(box.incoming.uri)
+    source.send(stream.command(postcopy.RESUME))
+    source.send(postcopy.pages(box.rest(), 3) + b"\0")
+    assert box.incoming.wait(FOREVER)
+    assert box.guest.running
+
+
 def test_urgent_pages_come_on_their_own_connection(made, tmp_path):
     box = Box(made, tmp_path, capabilities=("postcopy-ram", "postcopy-preempt"))
     urgent = Source.connect(box.incoming.uri)
@@ -434,6 +456,104 @@ def test_times_of_vcpus():
     os.close(far)
     with pytest.raises(ValueError, match="no more"):
         server.drain()
+
+
+def test_block_times_are_told_when_they_are_asked_for(made, tmp_path):
+    box = Box(made, tmp_path, capabilities=("postcopy-ram", "postcopy-blocktime"))
+    box.guest.vcpu_threads = [0, 1]
+    box.switch()
+    box.runs()
+    touch = box.touch(99)
+    box.source.request()
+    threading.Event().wait(0.02)
+    box.source.send(postcopy.pages([record(99)]))
+    touch.value()
+    box.finish()
+    info = box.incoming.query()
+    first, second = info.postcopy_vcpu_blocktime
+    assert first >= 0.02
+    assert (second, info.postcopy_blocktime) == (0, 0)
+    answer = info.to_qmp()
+    assert answer["postcopy-blocktime"] == 0
+    assert answer["postcopy-vcpu-blocktime"][0] >= 20
+
+
+class Worker:
+    """A source that sends pages of a guest as they are asked for, and all of them in the end."""
+
+    def __init__(self, guest, uri) -> None:
+        self.guest, self.source = guest, Source.connect(uri)
+        blocks = {block.idstr: block.used_length for block in guest.memory}
+        machine = guest.configuration.machine
+        self.source.send(postcopy.head(blocks, machine))
+        for block in guest.memory:
+            self.source.send(self.records(block.idstr, range(0, block.pages.npages, 2)))
+        guest.stop()
+        for idstr, nbytes in blocks.items():
+            self.source.send(postcopy.discard(idstr, (0, nbytes)))
+        state = guest.save_devices()
+        # without EOF and the description behind it
+        devices = state[: state.rindex(b"\x00\x06")]
+        blob = stream.command(postcopy.LISTEN) + devices + postcopy.ping(3)
+        self.source.send(postcopy.packaged(blob + stream.command(postcopy.RUN)))
+        self.sent = {idstr: set() for idstr in blocks}
+        self.asked = 0
+
+    def records(self, idstr, numbers, kind=2) -> bytes:
+        view = self.guest.memory[idstr].view
+        pages = ((i, bytes(view[i * PAGE : (i + 1) * PAGE])) for i in numbers)
+        return postcopy.pages(
+            [ram.Record(idstr.encode(), i, data if any(data) else 0) for i, data in pages], kind
+        )
+
+    def serve(self, count: int) -> None:
+        """Answer so many requests."""
+        while self.asked < count:
+            kind, data = self.source.hear()
+            if kind not in (postcopy.REQ_PAGES, postcopy.REQ_PAGES_ID):
+                continue
+            start, nbytes = int.from_bytes(data[:8], "big"), int.from_bytes(data[8:12], "big")
+            if kind == postcopy.REQ_PAGES_ID:
+                self.source.last_block = data[13:].decode()
+            idstr = self.source.last_block
+            numbers = set(range(start // PAGE, (start + nbytes) // PAGE)) - self.sent[idstr]
+            self.sent[idstr] |= numbers
+            self.asked += 1
+            self.source.send(self.records(idstr, sorted(numbers)))
+
+    def finish(self) -> None:
+        for block in self.guest.memory:
+            left = sorted(set(range(block.pages.npages)) - self.sent[block.idstr])
+            self.source.send(self.records(block.idstr, left))
+        self.source.send(postcopy.END)
+        while self.source.hear()[0] != postcopy.SHUT:
+            pass
+
+
+def test_workers_go_on_while_their_memory_comes(made, tmp_path):
+    options = {"workers": 2, "rate": 0, "working_set": 0.5}
+    with mig.ProcessGuest(4 << 20, **options) as mine, mig.ProcessGuest(4 << 20) as other:
+        mine.start()
+        incoming = made.incoming(other, capabilities={"postcopy-ram", "postcopy-blocktime"})
+        incoming.listen(f"unix:{tmp_path / 'in'}")
+        worker = Worker(mine, incoming.uri)
+        before = mine.counters().writes
+        worker.serve(60)
+        assert incoming.status == "postcopy-active"
+        assert other.running
+        worker.finish()
+        assert incoming.wait(FOREVER)
+        written = other.counters().writes
+        assert written > before
+        while other.counters().writes < written + 100:
+            pass
+        report = other.verify()
+        assert report.ok
+        times = other.postcopy_times()
+        assert times.requests >= 60
+        assert all(seconds > 0 for seconds in times.vcpus)
+        assert 0 < times.all_vcpus <= min(times.vcpus)
+        assert incoming.query().postcopy_vcpu_blocktime == times.vcpus
 
 
 def test_percentiles():
