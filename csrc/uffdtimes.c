@@ -56,52 +56,58 @@ void mig_waits_vcpus(struct mig_waits *w, const uint32_t *vcpus, size_t n)
     }
 }
 
+/* Takes the i-th wait out of the list; whether it was that of a vCPU. */
+static bool finish(struct mig_waits *w, size_t i, int64_t now)
+{
+    int64_t waited = now - w->wait[i].since, vcpu = vcpu_of(w, w->wait[i].thread);
+
+    w->bucket[mig_waits_bucket((uint64_t)waited / 1000)]++;
+    w->wait[i] = w->wait[--w->n];
+    if (vcpu < 0) {
+        return false;
+    }
+    w->blocked[vcpu] += waited;
+    w->down--;
+    return true;
+}
+
+/* Ends the waits at an address, or, where that is 0, those of a thread. */
+static void finish_all(struct mig_waits *w, uint64_t address, uint32_t thread, int64_t now)
+{
+    bool all_down = w->nvcpus && w->down == w->nvcpus, one_of_them = false;
+
+    for (size_t i = 0; i < w->n;) {
+        if (address ? w->wait[i].address == address : w->wait[i].thread == thread) {
+            one_of_them |= finish(w, i, now);
+        } else {
+            i++;
+        }
+    }
+    if (all_down && one_of_them) {
+        w->all_blocked += now - w->last_begin;
+    }
+}
+
 void mig_waits_begin(struct mig_waits *w, uint64_t address, uint32_t thread, int64_t now)
 {
-    struct mig_wait *wait = NULL;
-
     for (size_t i = 0; i < w->n; i++) {
-        if (w->wait[i].thread == thread) {
-            wait = w->wait + i; /* it went on from there unseen */
-        }
-    }
-    if (wait && wait->address == address) {
-        return;
-    }
-    if (!wait) {
-        if (w->n == MIG_UFFD_WAITS) {
+        if (w->wait[i].thread == thread && w->wait[i].address == address) {
             return;
         }
-        wait = w->wait + w->n++;
-        w->down += vcpu_of(w, thread) >= 0;
     }
-    *wait = (struct mig_wait){.address = address, .since = now, .thread = thread};
+    /* woken, and here again before who woke it could say so */
+    finish_all(w, 0, thread, now);
+    if (w->n == MIG_UFFD_WAITS) {
+        return;
+    }
+    w->wait[w->n++] = (struct mig_wait){.address = address, .since = now, .thread = thread};
     if (vcpu_of(w, thread) >= 0) {
+        w->down++;
         w->last_begin = now;
     }
 }
 
 void mig_waits_end(struct mig_waits *w, uint64_t address, int64_t now)
 {
-    bool all_down = w->nvcpus && w->down == w->nvcpus, one_of_them = false;
-
-    for (size_t i = 0; i < w->n;) {
-        int64_t waited = now - w->wait[i].since, vcpu;
-
-        if (w->wait[i].address != address) {
-            i++;
-            continue;
-        }
-        w->bucket[mig_waits_bucket((uint64_t)(waited < 0 ? 0 : waited) / 1000)]++;
-        vcpu = vcpu_of(w, w->wait[i].thread);
-        if (vcpu >= 0) {
-            w->blocked[vcpu] += waited;
-            w->down--;
-            one_of_them = true;
-        }
-        w->wait[i] = w->wait[--w->n];
-    }
-    if (all_down && one_of_them) {
-        w->all_blocked += now - w->last_begin;
-    }
+    finish_all(w, address, 0, now);
 }
