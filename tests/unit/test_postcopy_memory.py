@@ -532,7 +532,7 @@ class Worker:
 
 def test_workers_go_on_while_their_memory_comes(made, tmp_path):
     options = {"workers": 2, "rate": 0, "working_set": 0.5}
-    with mig.ProcessGuest(4 << 20, **options) as mine, mig.ProcessGuest(4 << 20) as other:
+    with mig.ProcessGuest(1 << 20, **options) as mine, mig.ProcessGuest(1 << 20) as other:
         mine.start()
         incoming = made.incoming(other, capabilities={"postcopy-ram", "postcopy-blocktime"})
         incoming.listen(f"unix:{tmp_path / 'in'}")
