@@ -269,6 +269,41 @@ int mig_uffd_await_readers(struct mig_uffd *u, size_t n, int64_t timeout_ns)
     return rc;
 }
 
+bool mig_uffd_settle(struct mig_uffd *u)
+{
+    bool given_up;
+
+    pthread_mutex_lock(&u->lock);
+    u->settled = true;
+    given_up = u->given_up;
+    pthread_cond_broadcast(&u->arrived);
+    pthread_mutex_unlock(&u->lock);
+    return !given_up;
+}
+
+void mig_uffd_enter(struct mig_uffd *u)
+{
+    pthread_mutex_lock(&u->lock);
+    u->nreaders++;
+    u->nactive++;
+    pthread_cond_broadcast(&u->arrived);
+    pthread_mutex_unlock(&u->lock);
+}
+
+void mig_uffd_leave(struct mig_uffd *u)
+{
+    pthread_mutex_lock(&u->lock);
+    u->nactive--;
+    while (!u->settled && u->nactive == 0 && u->nwanted == 0) {
+        pthread_cond_wait(&u->arrived, &u->lock);
+    }
+    if (!u->settled && u->nactive == 0) {
+        u->given_up = true;
+        unregister_blocks(u);
+    }
+    pthread_mutex_unlock(&u->lock);
+}
+
 void mig_uffd_interrupt(struct mig_uffd *u, bool on)
 {
     pthread_mutex_lock(&u->lock);

@@ -111,7 +111,10 @@ struct mig_uffd {
     struct mig_waits waits;
     uint64_t nwanted, nasked;
     bool interrupted;
-    size_t nreaders; /* connections that were begun to be read */
+    size_t nreaders, nactive; /* connections that were begun to be read, and are being read */
+    /* Until it is settled that the guest runs here, who waits may be who loads its devices, with
+     * Python's lock: when nobody is left to bring the page, memory is given up. */
+    bool settled, given_up;
 };
 
 /* 0 when it works here; -EOPNOTSUPP, -ENOSYS, -EPERM as mig_track_probe(). */
@@ -138,6 +141,11 @@ int mig_uffd_drain(struct mig_uffd *u);
 /* Waits until so many connections are being read, whatever Python's lock does from then on: 1; or
  * until mig_uffd_interrupt(), or for so long: 0. Negative: for ever. */
 int mig_uffd_await_readers(struct mig_uffd *u, size_t n, int64_t timeout_ns);
+/* The devices are loaded, or will not be: whether memory was not given up. */
+bool mig_uffd_settle(struct mig_uffd *u);
+/* Around the reading of a connection. */
+void mig_uffd_enter(struct mig_uffd *u);
+void mig_uffd_leave(struct mig_uffd *u);
 /* Whether pages may still come. */
 void mig_uffd_interrupt(struct mig_uffd *u, bool on);
 int64_t mig_uffd_now(void);

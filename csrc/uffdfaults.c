@@ -143,6 +143,7 @@ static size_t note(struct mig_uffd *u, const struct uffd_msg *msg, struct run *r
     mig_bitmap_put(block->wanted, unit);
     u->nwanted++;
     u->nasked++;
+    pthread_cond_broadcast(&u->arrived);
     return add_run(runs, n, (size_t)number, unit);
 }
 

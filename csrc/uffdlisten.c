@@ -194,21 +194,24 @@ static int read_item(struct mig_uffd_stream *s, bool *over)
     return MIG_UFFD_OTHER;
 }
 
-int mig_uffd_read(struct mig_uffd_stream *s)
+static int read_all(struct mig_uffd_stream *s)
 {
     bool over = false;
     int rc = 0;
 
-    s->block = -1;
-    pthread_mutex_lock(&s->u->lock);
-    s->u->nreaders++;
-    pthread_cond_broadcast(&s->u->arrived);
-    pthread_mutex_unlock(&s->u->lock);
-    if (s->bare) {
-        return read_records(s);
-    }
     while (rc == 0 && !over) {
         rc = read_item(s, &over);
     }
+    return rc;
+}
+
+int mig_uffd_read(struct mig_uffd_stream *s)
+{
+    int rc;
+
+    s->block = -1;
+    mig_uffd_enter(s->u);
+    rc = s->bare ? read_records(s) : read_all(s);
+    mig_uffd_leave(s->u);
     return rc;
 }

@@ -58,6 +58,7 @@ cdef extern from "uffd.h" nogil:
     int mig_uffd_ask_again(mig_uffd *u, const mig_kernels *k)
     int mig_uffd_drain(mig_uffd *u)
     int mig_uffd_await_readers(mig_uffd *u, size_t n, int64_t timeout_ns)
+    bint mig_uffd_settle(mig_uffd *u)
     void mig_uffd_interrupt(mig_uffd *u, bint on)
 
     struct mig_uffd_stream:
@@ -278,6 +279,18 @@ cdef class FaultServer:
         with nogil:
             rc = mig_uffd_await_readers(&self.c, n, ns)
         return rc != 0
+
+    def settle(self):
+        """The devices are loaded, or will not be: from now on who waits does so for ever.
+
+        Before, when somebody waits and nobody reads, memory is given up: ChannelError then.
+        """
+        cdef bint kept
+        self.check_open()
+        with nogil:
+            kept = mig_uffd_settle(&self.c)
+        if not kept:
+            raise ChannelError("the source left while the devices waited for memory")
 
     def set_vcpus(self, threads):
         """Count from now on how long these threads wait, by their ids.

@@ -84,11 +84,17 @@ class IncomingPostcopy:
             if server is not None:
                 self._await_readers(server, urgent)
             guest.load_devices(package.state)
+            if server is not None:
+                server.settle()
             for value in (*package.pings, PONG_LOADED):
                 self._answer(ReturnMessage.pong(value).encode())
             guest.postcopy_run()
             self._runs = True
         finally:
+            if server is not None and not self._runs:
+                # nobody waits for the devices any more
+                with contextlib.suppress(ChannelError):
+                    server.settle()
             self._decided.set()
             if not self._runs:
                 self._line.abandon()

@@ -223,6 +223,24 @@ def test_a_device_that_touches_memory_does_not_stop_everything(box):
     assert not answering.is_set()
 
 
+@pytest.mark.parametrize("last", [b"", b"nonsense", postcopy.END], ids=["cut", "bad", "end"])
+def test_a_device_does_not_wait_for_a_source_that_is_gone(box, last):
+    box.on_load = lambda: box.memory["pc.ram"].view[201 * PAGE]
+    pid = os.fork()
+    if pid == 0:
+        try:
+            box.switch()
+            while box.source.hear()[0] != postcopy.REQ_PAGES_ID:
+                pass
+            box.source.send(last)
+        finally:
+            os._exit(0)
+    box.source.close()
+    assert "while the devices waited" in str(error_of(box.incoming))
+    assert not box.resumed.is_set()
+    os.waitpid(pid, 0)
+
+
 @pytest.mark.parametrize("shared", [False, True], ids=["private", "memfd"])
 def test_larger_pages_of_the_host_are_placed_whole(made, tmp_path, shared):
     box = Box(made, tmp_path, big=True, shared=shared)
@@ -425,6 +443,7 @@ def test_times_of_vcpus():
     server = _core.FaultServer(
         [(b"ram", block.pages, PAGE, received, True, True)], PAGE, requests
     )
+    server.settle()
     server.set_vcpus([0, 0])
     near, far = os.pipe()
 
