@@ -41,7 +41,7 @@ static int open_userfaultfd(int flags)
     return fd;
 }
 
-static int open_with(uint64_t features, bool user_mode_only)
+int mig_track_userfaultfd(uint64_t features, bool user_mode_only)
 {
     struct uffdio_api api = {.api = UFFD_API, .features = features};
     int fd = open_userfaultfd(O_CLOEXEC | O_NONBLOCK | (user_mode_only ? USER_MODE_ONLY : 0));
@@ -83,7 +83,7 @@ static int open_files(struct mig_track *t, bool user_mode_only)
             features |= UFFD_FEATURE_WP_HUGETLBFS_SHMEM;
         }
     }
-    t->uffd = open_with(features, user_mode_only);
+    t->uffd = mig_track_userfaultfd(features, user_mode_only);
     return t->uffd < 0 ? t->uffd : 0;
 }
 

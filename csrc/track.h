@@ -56,6 +56,9 @@ int64_t mig_track_sync(struct mig_track *t, const struct mig_kernels *k,
 /* Memory is as it was before; also after a failed mig_track_open(), or twice. */
 void mig_track_close(struct mig_track *t);
 
+/* A userfaultfd with these features: a descriptor, or what mig_track_probe() returns. */
+int mig_track_userfaultfd(uint64_t features, bool user_mode_only);
+
 /* ---- between the files of this ---------------------------------------------------------------*/
 
 uint64_t mig_track_nbytes(const struct mig_track_block *block);

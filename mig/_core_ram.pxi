@@ -276,25 +276,33 @@ cdef class PageLog:
         if data.shape[0]:
             check(mig_append(&self.c.file, &data[0], <size_t>data.shape[0]))
 
-    def put(self, data, size_t start):
-        """Writes the last burst of the parser; data and start are those it parsed."""
+    def put(self, data, size_t start, RamParser parser=None):
+        """Writes the last burst of the parser; data and start are those it parsed.
+
+        parser: another one of the same blocks, whose pages come on a connection of their own
+        """
+        cdef RamParser source = self.parser if parser is None else parser
+        cdef mig_ram_parser *p = &source.c
         cdef Py_buffer view
-        cdef mig_ram_parser *p = &self.parser.c
         cdef int rc
+        if (p.nblocks != self.parser.c.nblocks or p.page_size != self.c.page_size
+                or (p.npages and p.blocks[p.current].npages
+                    > self.parser.c.blocks[p.current].npages)):
+            raise ValueError("a parser of other blocks")
         if p.npages == 0:
             return
         PyObject_GetBuffer(data, &view, PyBUF_CONTIG_RO)
         try:
-            self.parser.check_last(&view, start)
-            self.parser.open_inflating()
+            source.check_last(&view, start)
+            source.open_inflating()
             with nogil:
-                rc = mig_decompress(self.parser.inflating, p, <const uint8_t *>view.buf + start)
+                rc = mig_decompress(source.inflating, p, <const uint8_t *>view.buf + start)
                 if rc == 0:
                     pthread_mutex_lock(&self.lock)
                     rc = mig_pagelog_put(&self.c, p, self.where[p.current],
                                          <const uint8_t *>view.buf + start)
                     pthread_mutex_unlock(&self.lock)
-            self.parser.check_record(rc)
+            source.check_record(rc)
         finally:
             PyBuffer_Release(&view)
 

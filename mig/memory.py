@@ -86,6 +86,11 @@ class RamBlock:
         self._fresh = False
         return self._view
 
+    @property
+    def wants_huge_pages(self) -> bool:
+        """Whether the host was told to make huge pages of it."""
+        return self._mapping is not None
+
     def populate(self) -> None:
         """Have the host give all of the memory now, zeros where nothing was written.
 

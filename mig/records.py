@@ -341,11 +341,28 @@ class BlockInfo:
         return counted(self.idstr) + struct.pack(f">{1 + len(more)}Q", self.used_length, *more)
 
     @classmethod
-    def read(cls, reader: StreamReader, *, addresses: bool) -> BlockInfo:
-        """Read one entry, with its address where ``addresses`` says so."""
+    def read(
+        cls, reader: StreamReader, page_size: int, *, addresses: bool, host_pages: bool
+    ) -> BlockInfo:
+        """Read one entry, with what ``addresses`` and ``host_pages`` say may be there."""
         idstr = reader.text("name of a RAM block")
         used_length = reader.u64("the block list")
-        return cls(idstr, used_length, reader.u64("the block list") if addresses else None)
+        host_page_size = cls._read_host_page_size(reader, page_size) if host_pages else None
+        address = reader.u64("the block list") if addresses else None
+        return cls(idstr, used_length, address, host_page_size)
+
+    @staticmethod
+    def _read_host_page_size(reader: StreamReader, page_size: int) -> int | None:
+        """The page size, if one follows: its first byte is 0, as no name's is.
+
+        The word of a RAM record may begin so, too, but always has flags in its low bits.
+        """
+        reader.need(8, "the block list")
+        start, _ = reader.window
+        value: int = struct.unpack_from(">Q", reader.buffer, start)[0]
+        if value >> 56 or value % page_size or value & (value - 1) or not value:
+            return None
+        return reader.u64("the block list")
 
 
 @dataclass(frozen=True, slots=True)
@@ -366,11 +383,18 @@ class BlockList:
 
     @classmethod
     def read(
-        cls, reader: StreamReader, total: int, page_size: int, *, addresses: bool = False
+        cls,
+        reader: StreamReader,
+        total: int,
+        page_size: int,
+        *,
+        addresses: bool = False,
+        host_pages: bool = False,
     ) -> BlockList:
         """Read the list that follows a MEM_SIZE word of ``total`` bytes.
 
         addresses: whether it is one with addresses (capability x-ignore-shared)
+        host_pages: whether blocks may name the size of their pages (capability postcopy-ram)
         """
         at = reader.offset
         if total > wire.MAX_RAM_BYTES:
@@ -379,7 +403,7 @@ class BlockList:
         left = total
         while left:
             at = reader.offset
-            block = BlockInfo.read(reader, addresses=addresses)
+            block = BlockInfo.read(reader, page_size, addresses=addresses, host_pages=host_pages)
             if len(blocks) == wire.MAX_RAM_BLOCKS:
                 raise reader.error("too many RAM blocks", offset=at)
             if block.idstr in blocks:

@@ -102,6 +102,8 @@ PING_SETUP: Final = 1
 PING_PACKAGE: Final = 2
 PING_RUN: Final = 3
 PING_POSTCOPY: Final = 4
+#: what a destination says unasked, since QEMU 11.1, when it has loaded the package of a postcopy
+PONG_LOADED: Final = 0x42
 
 
 #: PING of a source of mig's that asks whether the destination is one of mig's, too, and takes
@@ -162,6 +164,8 @@ MAX_RAM_BYTES: Final = 1 << 44
 MAX_DESCRIPTION: Final = 64 << 20
 #: most bytes between the end of RAM and the end of the stream
 MAX_DEVICE_STATE: Final = 1 << 30
+#: longest package of a postcopy
+MAX_PACKAGE: Final = MAX_DEVICE_STATE
 #: longest return-path message (QEMU reads them into 512 bytes)
 MAX_RETURN_MESSAGE: Final = 512
 #: most ranges in one POSTCOPY_RAM_DISCARD (MAX_DISCARDS_PER_COMMAND)

@@ -92,6 +92,11 @@ class Channel:
         self._check_cancelled()
         loop(self._out)
 
+    @property
+    def writes_to(self) -> Descriptor:
+        """What it writes to; for who writes by turns with others, and lets go before close()."""
+        return self._out
+
     def _check_cancelled(self) -> None:
         # a peer that never lets us wait would never let us see the cancel descriptor
         if self._cancelled:

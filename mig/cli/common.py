@@ -112,17 +112,25 @@ def say(text: str) -> None:
 def cancelled_by_signals(migration: Migration) -> Iterator[None]:
     """SIGINT and SIGTERM cancel the migration instead of killing the process midway.
 
-    In postcopy it is given up: the destination is then paused until somebody resumes it.
+    In postcopy a source gives up: the destination is then paused until somebody resumes it. At a
+    destination half of the guest would be lost: only the second signal ends the process.
     """
+    warned = False
 
     def cancel(number: int, frame: FrameType | None) -> None:
+        nonlocal warned
         try:
             migration.cancel()
-        except StateError:
-            # it may have ended meanwhile
-            with contextlib.suppress(StateError):
-                if isinstance(migration, OutgoingMigration):
+        except StateError as error:
+            if isinstance(migration, OutgoingMigration):
+                # it may have ended meanwhile
+                with contextlib.suppress(StateError):
                     migration.abandon()
+                return
+            if warned:
+                raise
+            warned = True
+            say(f"{error}; once more to lose the guest")
 
     old = {number: signal.signal(number, cancel) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

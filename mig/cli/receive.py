@@ -18,9 +18,11 @@ from mig.cli.common import (
     summary,
 )
 from mig.engine import IncomingMigration
-from mig.events import Event, Listening
+from mig.errors import MigError
+from mig.events import Event, Listening, StatusChanged
 from mig.image import StreamCapture
 from mig.options import Parameters
+from mig.state import Status
 
 
 @click.command()
@@ -47,6 +49,9 @@ def receive(
     FILE is an ordinary migration stream: `mig send` sends it, and so does QEMU's
     `-incoming "exec:cat FILE"`. It appears when everything is received, or not at all.
 
+    With -c postcopy-ram the source may go into postcopy (for QEMU: migrate-start-postcopy). If the
+    connection breaks then, URI is listened on again, for the source to resume.
+
     With -c x-ignore-shared, which the source must have too, memory that it shares by a file stays
     out of FILE: whoever gets the VM next must map the same file.
     """
@@ -59,7 +64,7 @@ def receive(
             capture,
             capabilities=chosen_capabilities,
             parameters=chosen_parameters,
-            on_event=_announce,
+            on_event=lambda event: _follow_up(migration, event),
         )
         migration.listen(uri)
     except BaseException:
@@ -72,6 +77,13 @@ def receive(
         click.echo(f"{file}: {summary(info)}")
 
 
-def _announce(event: Event) -> None:
+def _follow_up(migration: IncomingMigration, event: Event) -> None:
     if isinstance(event, Listening) and event.uri.startswith(("tcp:", "unix:")):
         say(f"listening on {event.uri}")
+    elif event == StatusChanged(Status.POSTCOPY_PAUSED) and migration.uri is not None:
+        say("the connection broke in postcopy: the source is to resume")
+        try:
+            migration.recover(migration.uri)
+        except MigError as error:
+            # half of the guest is here: somebody may still find a way
+            say(str(error))

@@ -75,6 +75,11 @@ def _is_anonymous(block: RamBlock, mappings: list[tuple[int, int, bool]]) -> boo
     return kinds.pop()
 
 
+def is_anonymous(block: RamBlock) -> bool:
+    """Whether a block is private memory of no file; ValueError when only a part of it is."""
+    return _is_anonymous(block, list(_mappings()))
+
+
 class WriteTracker:
     """Tracks writes to guest memory by any thread of this process, and by the kernel for it.
 

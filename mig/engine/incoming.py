@@ -5,21 +5,34 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Iterable, Mapping
-from typing import ClassVar
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
+from mig import _core
 from mig.channel import Channel, Listener, parse_uri, require_many_connections
+from mig.channel.open import Cancel
 from mig.channel.uri import TcpUri, UnixUri
 from mig.engine.accept import Connections
 from mig.engine.inlanes import IncomingLanes
+from mig.engine.inpostcopy import IncomingPostcopy
 from mig.engine.migration import Migration
-from mig.errors import CancelledError, ChannelError, MigError, OptionError, UnsupportedError
+from mig.engine.urgent import UrgentChannel
+from mig.errors import (
+    CancelledError,
+    ChannelError,
+    MigError,
+    OptionError,
+    StateError,
+    UnsupportedError,
+)
 from mig.events import Event, Listening
-from mig.guest import DestinationGuest, LaneTarget
+from mig.guest import DestinationGuest, LaneTarget, PostcopyTarget
 from mig.options import INCOMING_CAPABILITIES, Capability, MultiFDCompression, Options
+from mig.postcopy.load import PostcopyLoader
 from mig.records import Command, ReturnMessage
 from mig.savevm.load import StreamLoader
 from mig.state import INCOMING, Input, Status, Table
-from mig.stats import InetAddress, RamStats, UnixAddress
+from mig.stats import InetAddress, MigrationInfo, RamStats, UnixAddress
 from mig.stream.reader import StreamReader
 from mig.stream.writer import StreamWriter
 from mig.wire import (
@@ -30,6 +43,9 @@ from mig.wire import (
     CommandType,
     ReturnType,
 )
+
+if TYPE_CHECKING:
+    from mig.engine.inpostcopy import PostcopyGuest
 
 #: how long a connection beside the main one may take to say what it is (seconds)
 _EXTRA_PATIENCE = 5.0
@@ -48,6 +64,9 @@ class IncomingMigration(Migration):
     When it fails with a return path the source is told so, fails too, and its guest goes on
     running. Without one the source sees the connection break, which it takes for a failure unless
     it has already sent everything.
+
+    With capability postcopy-ram the source may have the guest run here while memory is still to
+    come. If the connection breaks then, the status is postcopy-paused until recover() has it back.
     """
 
     table: ClassVar[Table] = INCOMING
@@ -79,6 +98,11 @@ class IncomingMigration(Migration):
         self._lanes: IncomingLanes | None = None
         self._done_watching = False
         self._committed = False
+        self._requests = _core.PageRequests()
+        self._urgent: UrgentChannel | None = None
+        self._postcopy: IncomingPostcopy | None = None
+        # bytes of the connections before this one
+        self._before = 0
         #: the address to connect to, once listen() has returned
         self.uri: str | None = None
 
@@ -92,6 +116,8 @@ class IncomingMigration(Migration):
             require_many_connections(uri)
             if not isinstance(self._guest, LaneTarget):
                 raise OptionError("Multifd is not supported by this guest (it is no LaneTarget)")
+        if Capability.POSTCOPY_RAM in self.capabilities:
+            self._require_postcopy(uri)
         self._listener = Listener(uri)
         self.uri = self._listener.uri
         try:
@@ -99,6 +125,28 @@ class IncomingMigration(Migration):
         except BaseException:
             self._listener.close()
             raise
+
+    def _require_postcopy(self, uri: str) -> None:
+        if not isinstance(self._guest, PostcopyTarget):
+            raise OptionError("Postcopy is not supported by this guest (it has no postcopy_listen)")
+        if Capability.POSTCOPY_PREEMPT in self.capabilities:
+            require_many_connections(uri)
+        reason = self._guest.postcopy_probe()
+        if reason is not None:
+            raise OptionError(f"Postcopy is not supported: {reason}")
+
+    def recover(self, uri: str) -> None:
+        """Listen on ``uri`` for the source of a postcopy that is paused; returns at once.
+
+        As QEMU's migrate-recover. StateError when it is not paused, or listens already.
+        """
+        self._require_status(Status.POSTCOPY_PAUSED, Input.RECOVER)
+        listener = Listener(uri)
+        if self._postcopy is None or not self._postcopy.recover(listener):
+            listener.close()
+            raise StateError(self.status, Input.RECOVER)
+        self.uri = listener.uri
+        self._emit(Listening(listener.uri))
 
     # ---- phases -----------------------------------------------------------------------------
 
@@ -117,7 +165,10 @@ class IncomingMigration(Migration):
         else:
             channel = self._listener.accept(self._cancel, self.parameters.timeout)
             reader = StreamReader(channel)
-            self._watch_for_more_connections()
+            if Capability.POSTCOPY_PREEMPT in self.capabilities:
+                self._urgent = UrgentChannel(self._listener, self._urgent_ended)
+            else:
+                self._watch_for_more_connections()
         with self._lock:
             self._channel = channel
             if self._error is not None:
@@ -154,19 +205,36 @@ class IncomingMigration(Migration):
             raise UnsupportedError(
                 "the source opened multifd channels", capability="multifd", offset=0
             )
-        loader = StreamLoader(
-            reader,
-            self._guest,
-            on_command=self._on_command,
-            counters=self._counters,
-            page_size=self._page_size,
-            decompress_threads=self.parameters.decompress_threads,
-            lanes=self._lanes,
-            capabilities=self.capabilities,
-        )
+        if Capability.POSTCOPY_RAM in self.capabilities:
+            self._load_postcopy(reader)
+        else:
+            StreamLoader(reader, self._guest, **self._loader_options()).run()
+
+    def _loader_options(self) -> dict[str, Any]:
+        return {
+            "on_command": self._on_command,
+            "counters": self._counters,
+            "page_size": self._page_size,
+            "decompress_threads": self.parameters.decompress_threads,
+            "lanes": self._lanes,
+            "capabilities": self.capabilities,
+        }
+
+    def _load_postcopy(self, reader: StreamReader) -> None:
+        """A source with postcopy-ram may switch, or end as any other."""
+        guest = cast("PostcopyGuest", self._guest)
+        loader = PostcopyLoader(reader, guest, **self._loader_options())
         loader.run()
+        if loader.package is not None:
+            self._postcopy = IncomingPostcopy(_Line(self, loader), loader, guest)
+            self._attach_requests()
+            self._move(Input.POSTCOPY)
+            guest.postcopy_listen(self._requests)
+            self._postcopy.run()
 
     def _on_command(self, command: Command) -> None:
+        if self._postcopy is not None:
+            self._postcopy.obey(command)
         if command.type == CommandType.OPEN_RETURN_PATH:
             self._open_return_path()
         elif command.type == CommandType.PING:
@@ -188,12 +256,24 @@ class IncomingMigration(Migration):
                 self._say(ReturnMessage(ReturnType.SWITCHOVER_ACK))
 
     def _say(self, message: ReturnMessage) -> None:
-        if self._return is not None:
-            self._return.put(message.encode())
+        self._say_bytes(message.encode())
+
+    def _say_bytes(self, data: bytes) -> None:
+        if self._postcopy is not None:
+            self._requests.send(data)
+        elif self._return is not None:
+            self._return.put(data)
             self._return.flush()
 
     def _confirm(self) -> None:
         assert self._channel is not None
+        if self._postcopy is not None:
+            # the guest is here, with all of its memory, whatever the source hears of it
+            self._channel.restore()
+            self._attach_requests()
+            with contextlib.suppress(ChannelError):
+                self._say(ReturnMessage.shut(0))
+            return
         try:
             # from here on a cancel comes too late
             self._channel.restore()
@@ -241,6 +321,67 @@ class IncomingMigration(Migration):
             with self._lock:
                 self._extra = None
 
+    # ---- breaks of a postcopy ---------------------------------------------------------------
+
+    def _urgent_ended(self, error: MigError | None) -> None:
+        """What is wrong with one connection is wrong with both."""
+        guest = cast("PostcopyGuest", self._guest)
+        server = guest.postcopy_server()
+        if server is not None:
+            server.interrupt()
+        with self._lock:
+            if error is not None and self._channel is not None:
+                self._channel.cancel()
+
+    def _abandon(self) -> None:
+        if self._urgent is not None:
+            self._urgent.close()
+        with self._lock:
+            if self._channel is not None:
+                self._channel.cancel()
+
+    def _disconnect(self) -> None:
+        if self._urgent is not None:
+            self._urgent.close()
+            self._urgent = None
+        with self._lock:
+            channel, self._channel = self._channel, None
+            reader, self._reader = self._reader, None
+        if reader is not None:
+            self._before += reader.offset
+        if channel is not None:
+            channel.cancel()
+            self._requests.attach(None)
+            self._return = None
+            channel.close()
+        if self._listener is not None:
+            self._stop_watching()
+            self._listener.close()
+            self._listener = None
+
+    def _reconnect(self, listener: Listener) -> StreamReader:
+        # nobody cancels a postcopy that is paused
+        with contextlib.closing(Cancel()) as never:
+            try:
+                channel = listener.accept(never, self.parameters.timeout)
+            except BaseException:
+                listener.close()
+                raise
+        self._listener = listener
+        if Capability.POSTCOPY_PREEMPT in self.capabilities:
+            self._urgent = UrgentChannel(listener, self._urgent_ended)
+        reader = StreamReader(channel)
+        with self._lock:
+            self._channel, self._reader = channel, reader
+        if channel.bidirectional:
+            self._return = StreamWriter(channel)
+        self._attach_requests()
+        return reader
+
+    def _attach_requests(self) -> None:
+        channel = self._channel if self._return is not None else None
+        self._requests.attach(channel.writes_to if channel is not None else None)
+
     # ---- ends -------------------------------------------------------------------------------
 
     def _cleanup(self, *, failed: bool) -> None:
@@ -251,8 +392,11 @@ class IncomingMigration(Migration):
                     self._say_failure()
                 self._guest.abort()
         finally:
+            if self._urgent is not None:
+                self._urgent.close()
             with self._lock:
                 channel, self._channel = self._channel, None
+            self._requests.attach(None)
             if channel is not None:
                 channel.close()
             if self._listener is not None:
@@ -275,6 +419,8 @@ class IncomingMigration(Migration):
         """Tell the source, on a return path that may be the one that was interrupted."""
         if self._return is not None and self._channel is not None:
             self._channel.restore()
+            if self._postcopy is not None:
+                self._attach_requests()
             self._say(ReturnMessage.shut(1))
 
     def _interrupt(self) -> None:
@@ -287,6 +433,25 @@ class IncomingMigration(Migration):
             if self._connections is not None:
                 self._connections.cancel()
 
+    def query(self) -> MigrationInfo:
+        """Return a snapshot of status and statistics.
+
+        In postcopy-paused `error` tells why; capability postcopy-blocktime counts the waiting.
+        """
+        info = super().query()
+        if info.status == Status.POSTCOPY_PAUSED and self._postcopy is not None:
+            info = replace(info, error=str(self._postcopy.interruption))
+        if Capability.POSTCOPY_BLOCKTIME in self.capabilities and isinstance(
+            self._guest, PostcopyTarget
+        ):
+            times = self._guest.postcopy_times()
+            info = replace(
+                info,
+                postcopy_blocktime=times.all_vcpus,
+                postcopy_vcpu_blocktime=times.vcpus,
+            )
+        return info
+
     def _socket_addresses(self) -> tuple[InetAddress | UnixAddress, ...]:
         uri = None if self.uri is None else parse_uri(self.uri)
         if isinstance(uri, TcpUri):
@@ -294,11 +459,11 @@ class IncomingMigration(Migration):
         return (UnixAddress(uri.path),) if isinstance(uri, UnixUri) else ()
 
     def _ram_stats(self) -> RamStats:
-        counters = self._counters
+        counters, reader = self._counters, self._reader
         normal, zero = self._lanes.npages if self._lanes else (0, 0)
         beside = self._lanes.nbytes if self._lanes else 0
         return RamStats(
-            transferred=beside + (self._reader.offset if self._reader else 0),
+            transferred=beside + self._before + (reader.offset if reader else 0),
             remaining=None,
             total=counters.total,
             duplicate=counters.fill + zero,
@@ -307,3 +472,37 @@ class IncomingMigration(Migration):
             dirty_sync_count=None,
             multifd_bytes=beside,
         )
+
+
+class _Line:
+    """The connection of a migration, as its postcopy sees it."""
+
+    def __init__(self, migration: IncomingMigration, loader: PostcopyLoader) -> None:
+        self._migration = migration
+        self._loader = loader
+
+    def move(self, input_: Input) -> None:
+        self._migration._move(input_)
+
+    def say(self, data: bytes) -> None:
+        self._migration._say_bytes(data)
+
+    def serve_urgent(self) -> bool:
+        urgent = self._migration._urgent
+        if urgent is not None:
+            urgent.serve(self._loader)
+        return urgent is not None
+
+    def drain_urgent(self) -> None:
+        server = cast("PostcopyGuest", self._migration._guest).postcopy_server()
+        if self._migration._urgent is not None and server is not None:
+            server.drain()
+
+    def abandon(self) -> None:
+        self._migration._abandon()
+
+    def disconnect(self) -> None:
+        self._migration._disconnect()
+
+    def reconnect(self, listener: Listener) -> StreamReader:
+        return self._migration._reconnect(listener)

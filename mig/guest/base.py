@@ -8,6 +8,8 @@ from uuid import UUID
 
 from mig import _core
 from mig.dirty import DirtyLog
+from mig.postcopy.commands import Advise
+from mig.postcopy.times import PostcopyTimes
 from mig.ram.search import SourceBlock
 from mig.records import Configuration
 from mig.savevm.load import LoadTarget
@@ -119,6 +121,47 @@ class DestinationGuest(LoadTarget, Protocol):
 
     def abort(self) -> None:
         """The migration failed or was cancelled: leave nothing behind. Never after commit()."""
+
+
+@runtime_checkable
+class PostcopyTarget(Protocol):
+    """What a DestinationGuest needs besides for capability postcopy-ram.
+
+    Called by the migration's own thread in this order: advise, open_blocks and the precopy pages,
+    discard, listen, load_devices, run, end, commit. From listen on put() is called by other threads
+    at the same time, one for each connection, each with a parser of its own; a page comes once.
+    After run() there is no abort(): the guest lives here.
+    """
+
+    def postcopy_probe(self) -> str | None:
+        """Return why this host cannot do it, None when it can. Called by who starts to listen."""
+
+    def postcopy_advise(self, advise: Advise) -> None:
+        """Postcopy may come; MismatchError when it cannot be done with these page sizes."""
+
+    def postcopy_discard(self, idstr: str, start: int, nbytes: int) -> None:
+        """Forget these bytes of a block, whatever was put there; they come again."""
+
+    def postcopy_listen(self, requests: _core.PageRequests) -> None:
+        """From now on serve accesses to what is not there; ``requests`` asks the source."""
+
+    def postcopy_run(self) -> None:
+        """Everything but memory is loaded: let the guest run, if it is one that does."""
+
+    def postcopy_server(self) -> _core.FaultServer | None:
+        """Return what places pages without Python; None: put() does. From listen to end."""
+
+    def postcopy_received(self, idstr: str) -> _core.Bitmap:
+        """Return which pages of a block are there, for a recovery; KeyError. No put() meanwhile."""
+
+    def postcopy_ask_again(self) -> None:
+        """Ask again for all that is missing: it was asked for on a connection that broke."""
+
+    def postcopy_times(self) -> PostcopyTimes:
+        """Return how long the guest waited for pages. Any thread."""
+
+    def postcopy_end(self) -> None:
+        """All pages have come, or, after a failure before run(), none will."""
 
 
 @runtime_checkable

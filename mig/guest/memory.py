@@ -7,8 +7,12 @@ from uuid import UUID
 
 from mig import _core
 from mig.dirty import DirtyLog
-from mig.errors import MismatchError
+from mig.errors import MigError, MismatchError
 from mig.memory import GuestMemory
+from mig.pages import HOST_PAGE_SIZE
+from mig.postcopy.commands import Advise
+from mig.postcopy.faults import MemoryFaults
+from mig.postcopy.times import PostcopyTimes
 from mig.ram.search import SourceBlock
 from mig.records import BlockInfo, Configuration
 from mig.savevm.devices import DeviceState
@@ -66,6 +70,10 @@ class MemoryGuest:
         self._loading: list[tuple[_core.Pages, _core.Bitmap, bool]] = []
         # shared with the source, which must not send them: idstr by place in the block list
         self._ignored: dict[int, str] = {}
+        self._faults: MemoryFaults | None = None
+        #: ids of the threads that are its vCPUs, for the times they wait in postcopy; 0 stands for
+        #: the next thread that waits. Read before the guest is resumed there.
+        self.vcpu_threads: Sequence[int] = ()
 
     # ---- source -----------------------------------------------------------------------------
 
@@ -125,6 +133,7 @@ class MemoryGuest:
 
     def configure(self, configuration: Configuration | None) -> None:
         """MismatchError unless machine type, and UUID if both have one, are this guest's."""
+        self._faults = None
         if configuration is None:
             raise MismatchError("the stream does not name its machine type")
         if configuration.machine != self._machine:
@@ -168,9 +177,22 @@ class MemoryGuest:
             block.pages.pin()
             received = _core.Bitmap(block.pages.npages)
             fresh = not ignored and block.take_fresh()
+            if self._faults is not None:
+                self._require_host_pages(info, block.host_page_size)
+                self._faults.open_block(block, received)
+                fresh = True
             self._loading.append((block.pages, received, fresh))
             if ignored:
                 self._ignored[len(self._loading) - 1] = info.idstr
+
+    @staticmethod
+    def _require_host_pages(info: BlockInfo, mine: int) -> None:
+        theirs = info.host_page_size or HOST_PAGE_SIZE
+        if theirs != mine:
+            raise MismatchError(
+                f"Mismatched RAM page size {info.idstr} (local) {mine} != {theirs}",
+                block=info.idstr,
+            )
 
     def put(
         self, parser: _core.RamParser, data: bytes | bytearray | memoryview, start: int
@@ -202,6 +224,63 @@ class MemoryGuest:
     def load_devices(self, state: DeviceState) -> None:
         """Give the sections to the registered devices."""
         self.devices.load(state)
+
+    # ---- destination of a postcopy ----------------------------------------------------------
+    #
+    # Python code that touches memory which is not there yet keeps Python's lock while it waits.
+    # The page still comes, as nothing that brings it needs the lock; but if the connection breaks
+    # at that moment, nobody can call recover() any more.
+
+    def postcopy_probe(self) -> str | None:
+        """Return why this host, or this memory, cannot do it."""
+        return MemoryFaults.probe(self.memory)
+
+    def postcopy_advise(self, advise: Advise) -> None:
+        """MismatchError unless both sides have pages of the same sizes."""
+        faults = MemoryFaults(self.memory)
+        faults.advise(advise)
+        self._faults = faults
+
+    def postcopy_discard(self, idstr: str, start: int, nbytes: int) -> None:
+        """Give this memory back."""
+        self._postcopy.discard(idstr, start, nbytes)
+
+    def postcopy_listen(self, requests: _core.PageRequests) -> None:
+        """Serve accesses to what is not there."""
+        self._postcopy.listen(requests)
+
+    def postcopy_run(self) -> None:
+        """Resume the guest; its owner need not."""
+        self._postcopy.count_waits(self.vcpu_threads)
+        self.resume()
+
+    def postcopy_server(self) -> _core.FaultServer | None:
+        """Return what serves these accesses."""
+        return self._faults.server if self._faults is not None else None
+
+    def postcopy_received(self, idstr: str) -> _core.Bitmap:
+        """Return which pages of a block are there."""
+        return self._postcopy.received(idstr)
+
+    def postcopy_ask_again(self) -> None:
+        """Ask for what is missing on the new connection."""
+        self._postcopy.ask_again()
+
+    def postcopy_end(self) -> None:
+        """Its memory is as any other."""
+        self._postcopy.end()
+
+    def postcopy_times(self) -> PostcopyTimes:
+        """Return how long the guest waited for pages in its last postcopy."""
+        return self._postcopy.times() if self._faults is not None else PostcopyTimes()
+
+    @property
+    def _postcopy(self) -> MemoryFaults:
+        if self._faults is None:
+            raise MigError("this guest is not the destination of a postcopy")
+        return self._faults
+
+    # ---- end --------------------------------------------------------------------------------
 
     def commit(self) -> None:
         """Release the memory to its owner."""

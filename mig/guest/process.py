@@ -337,6 +337,13 @@ class ProcessGuest(MemoryGuest):
         self._drop_workload()
         self._incomplete = True
 
+    def postcopy_run(self) -> None:
+        """Let the workers run, whose memory comes when they touch it."""
+        self._incomplete = False
+        # who waits first is the first worker
+        self.vcpu_threads = [0] * self._load.workers
+        super().postcopy_run()
+
     def commit(self) -> None:
         """The guest is all here: resume() may be called."""
         super().commit()

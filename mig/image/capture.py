@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import secrets
 import stat
@@ -12,6 +13,8 @@ from uuid import UUID
 
 from mig import _core
 from mig.errors import ChannelError, MismatchError
+from mig.postcopy.commands import Advise
+from mig.postcopy.times import PostcopyTimes
 from mig.records import (
     BlockInfo,
     BlockList,
@@ -23,6 +26,7 @@ from mig.records import (
     encode_footer,
 )
 from mig.savevm.devices import DeviceState
+from mig.savevm.vmdesc import DeviceDescription, encode_description
 from mig.wire import (
     DEFAULT_PAGE_BITS,
     RAM_IDSTR,
@@ -71,6 +75,11 @@ class StreamCapture:
         self._footers = True
         self._switchover_start = False
         self._log: _core.PageLog | None = None
+        # of a source that may go into postcopy: by block, the pages that are there
+        self._received: dict[str, _core.Bitmap] | None = None
+        self._page_size = 1 << DEFAULT_PAGE_BITS
+        self._postcopy = False
+        self._state: DeviceState | None = None
 
     def _open(self) -> int:
         """A file without a name where the file system can, else one that abort() removes."""
@@ -95,7 +104,11 @@ class StreamCapture:
 
     def open_blocks(self, blocks: Sequence[BlockInfo], page_size: int) -> None:
         """Keep the block list."""
-        self._blocks = BlockList(tuple(blocks))
+        # sizes of host pages are only for streams that go into postcopy
+        kept = (dataclasses.replace(block, host_page_size=None) for block in blocks)
+        self._blocks, self._page_size = BlockList(tuple(kept)), page_size
+        if self._received is not None:
+            self._received = {b.idstr: _core.Bitmap(b.npages(page_size)) for b in blocks}
 
     def ram_started(self, section_id: int, footers: bool) -> None:
         """Keep the id; the file's own sections will look like the source's."""
@@ -109,7 +122,10 @@ class StreamCapture:
         """Write a burst of pages."""
         if parser.npages:
             with self._naming_file():
-                self._open_log(parser).put(data, start)
+                self._open_log(parser).put(data, start, parser)
+            if self._received is not None:
+                idstr = self._blocks.blocks[parser.current].idstr
+                _core.mark_received(parser, self._received[idstr])
 
     @property
     def uuid(self) -> UUID | None:
@@ -129,17 +145,86 @@ class StreamCapture:
         self._switchover_start = True
 
     def load_devices(self, state: DeviceState) -> None:
-        """Write the end of the file: zero pages, the end of RAM, the devices."""
+        """Write the end of the file: zero pages, the end of RAM, the devices.
+
+        In postcopy that has to wait until all pages are there.
+        """
+        if self._postcopy:
+            self._state = state
+        else:
+            self._write_end(state)
+
+    def _write_end(self, state: DeviceState) -> None:
         tail = [_EOS, self._footer()]
         if self._switchover_start:
             tail.append(Command(CommandType.SWITCHOVER_START).encode())
         tail += [encode_continuation(SectionType.END, self._section_id), _EOS, self._footer()]
         tail.append(state.raw)
         with self._naming_file():
-            log = self._open_log(_core.RamParser([], 1 << DEFAULT_PAGE_BITS))
+            log = self._open_log(_core.RamParser([], self._page_size))
+            if self._postcopy and self._received is not None:
+                for number, received in enumerate(self._received.values()):
+                    _core.blank_missing(log, number, received)
             log.put_zeros()
             log.append(b"".join(tail))
             log.finish()
+
+    # ---- postcopy: no guest runs here, so the source sends all in its own order ---------------
+
+    def postcopy_probe(self) -> str | None:
+        """Return None: a file can always be written."""
+        return None
+
+    def postcopy_advise(self, advise: Advise) -> None:
+        """Take note of what comes from now on; any size of host page will do."""
+        self._received = {}
+
+    def postcopy_discard(self, idstr: str, start: int, nbytes: int) -> None:
+        """Hold these pages for missing; their places in the file are kept for them."""
+        assert self._received is not None
+        self._received[idstr].clear(start // self._page_size, nbytes // self._page_size)
+
+    def postcopy_listen(self, requests: _core.PageRequests) -> None:
+        """Be ready for two connections that bring pages."""
+        self._postcopy = True
+        with self._naming_file():
+            self._open_log(self._any_parser())
+
+    def postcopy_run(self) -> None:
+        """Nothing runs."""
+
+    def postcopy_server(self) -> None:
+        """Return None: pages come by put()."""
+
+    def postcopy_received(self, idstr: str) -> _core.Bitmap:
+        """Return which pages of a block the file has."""
+        assert self._received is not None
+        return self._received[idstr]
+
+    def postcopy_ask_again(self) -> None:
+        """Nothing was asked for."""
+
+    def postcopy_times(self) -> PostcopyTimes:
+        """Return none: nobody waits."""
+        return PostcopyTimes()
+
+    def postcopy_end(self) -> None:
+        """Write the end of the file, if there is all of it.
+
+        A package has no description, yet a QEMU that loads the file with a return path would wait
+        for one: the footers tell what stands in it.
+        """
+        state = self._state
+        if state is None:
+            return
+        if state.sections is not None:
+            devices = [
+                DeviceDescription(s.idstr, s.instance_id, s.version_id, len(s.payload))
+                for s in state.sections
+            ]
+            text = encode_description(devices, self._page_size)
+            state = dataclasses.replace(state, raw=state.raw + text)
+        self._write_end(state)
 
     @contextlib.contextmanager
     def _naming_file(self) -> Iterator[None]:
@@ -152,6 +237,11 @@ class StreamCapture:
 
     def _footer(self) -> bytes:
         return encode_footer(self._section_id) if self._footers else b""
+
+    def _any_parser(self) -> _core.RamParser:
+        page_size = self._page_size
+        blocks = [(b.idstr.encode(), b.npages(page_size)) for b in self._blocks.blocks]
+        return _core.RamParser(blocks, page_size)
 
     def _open_log(self, parser: _core.RamParser) -> _core.PageLog:
         """Everything up to the first page, then the log of pages."""

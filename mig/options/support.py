@@ -26,6 +26,9 @@ INCOMING_CAPABILITIES: Final = frozenset(
     {
         Capability.COMPRESS,
         Capability.MULTIFD,
+        Capability.POSTCOPY_BLOCKTIME,
+        Capability.POSTCOPY_PREEMPT,
+        Capability.POSTCOPY_RAM,
         Capability.RETURN_PATH,
         Capability.SWITCHOVER_ACK,
         Capability.VALIDATE_UUID,

@@ -48,6 +48,7 @@ class RamLoader:
 
     decompress_threads: how many inflate compressed pages, once there are some
     addresses: whether the block list has them (capability x-ignore-shared)
+    host_pages: whether it may have sizes of host pages (capability postcopy-ram)
 
     The current block is remembered over sections: the first record of a section may say CONTINUE.
     Matches ram_load() and ram_load_precopy() of QEMU.
@@ -69,6 +70,7 @@ class RamLoader:
         lanes: PageLanes | None = None,
         sync_every_section: bool = False,
         addresses: bool = False,
+        host_pages: bool = False,
     ) -> None:
         self._section_id = section_id
         self._lanes = lanes
@@ -79,8 +81,32 @@ class RamLoader:
         self._counters = counters
         self._decompress_threads = decompress_threads
         self._addresses = addresses
+        self._host_pages = host_pages
         self._parser: _core.RamParser | None = None
         self.blocks: tuple[BlockInfo, ...] = ()
+
+    @property
+    def parser(self) -> _core.RamParser | None:
+        """What parses its records, None before the block list."""
+        return self._parser
+
+    def move_to(self, reader: StreamReader) -> None:
+        """Go on with another connection (recovery of a postcopy)."""
+        self._reader = reader
+
+    def beside(self, reader: StreamReader) -> RamLoader:
+        """Return the loader of another connection that brings pages of these blocks."""
+        other = RamLoader(reader, self._sink, self._page_size, self._counters)
+        other.blocks = self.blocks
+        other._parser = self._new_parser()
+        return other
+
+    def _new_parser(self) -> _core.RamParser:
+        return _core.RamParser(
+            [(b.idstr.encode(), b.npages(self._page_size)) for b in self.blocks],
+            self._page_size,
+            threads=self._decompress_threads,
+        )
 
     def load_payload(self) -> None:
         """Read one section's payload up to and including its EOS."""
@@ -99,7 +125,13 @@ class RamLoader:
         if flags != RamFlag.MEM_SIZE:
             raise reader.error(f"RAM record {flags!r} before the block list", offset=at)
         total = word & ~(self._page_size - 1)
-        listed = BlockList.read(reader, total, self._page_size, addresses=self._addresses)
+        listed = BlockList.read(
+            reader,
+            total,
+            self._page_size,
+            addresses=self._addresses,
+            host_pages=self._host_pages,
+        )
         self.blocks = listed.blocks
         try:
             self._sink.open_blocks(self.blocks, self._page_size)
@@ -110,11 +142,7 @@ class RamLoader:
         except MemoryError as error:
             raise reader.error(f"no memory for {listed.total} bytes of RAM", offset=at) from error
         self._counters.total = listed.total
-        self._parser = _core.RamParser(
-            [(b.idstr.encode(), b.npages(self._page_size)) for b in self.blocks],
-            self._page_size,
-            threads=self._decompress_threads,
-        )
+        self._parser = self._new_parser()
         if self._lanes is not None:
             self._lanes.open(self._parser, self._section_id)
 

@@ -135,6 +135,34 @@ def footer_walk(raw: bytes | bytearray) -> int | None:
     return FooterWalk().end(raw)
 
 
+def cut_by_footers(raw: bytes) -> tuple[DeviceSection, ...] | None:
+    """Cut a whole device state without description by its footers; None where they do not fit."""
+    sections: list[DeviceSection] = []
+    seen: set[int] = set()
+    at = 0
+    while not _is_end(raw, at):
+        header = _parse_header(raw, at)
+        if header is None or header.section_id in seen:
+            return None
+        seen.add(header.section_id)
+        footer = _HEADER.pack(SectionType.FOOTER, header.section_id)
+        found = raw.find(footer, header.end)
+        while found >= 0 and not _can_follow(raw, found + len(footer), seen):
+            found = raw.find(footer, found + 1)
+        if found < 0:
+            return None
+        names = (header.section_id, header.idstr, header.instance_id, header.version_id)
+        sections.append(DeviceSection(*names, raw[header.end : found], at))
+        at = found + len(footer)
+    return tuple(sections)
+
+
+def _can_follow(raw: bytes, at: int, seen: set[int]) -> bool:
+    """Whether what stands at ``at`` can follow a section."""
+    after = _parse_header(raw, at)
+    return _is_end(raw, at) if after is None else after.section_id not in seen
+
+
 def _is_end(raw: bytes | bytearray, at: int) -> bool:
     if raw[at : at + 1] != bytes([SectionType.EOF]):
         return False

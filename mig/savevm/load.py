@@ -90,6 +90,8 @@ class StreamLoader:
         self._counters = counters or RamCounters()
         self._decompress_threads = decompress_threads
         self._capabilities = capabilities
+        # whether blocks may name the size of their pages
+        self._host_pages = False
         # what the stream is read with when it does not say
         self._ignore_shared = Capability.X_IGNORE_SHARED in (capabilities or ())
         self._ram: RamLoader | None = None
@@ -209,6 +211,7 @@ class StreamLoader:
             lanes=self._lanes,
             sync_every_section=self._dialect.sync_every_section,
             addresses=self._ignore_shared,
+            host_pages=self._host_pages,
         )
         self._ram_id = header.section_id
         self._ram.load_payload()
@@ -245,7 +248,10 @@ class StreamLoader:
                 )
 
     def _command(self, at: int) -> None:
-        command = Command.read(self._reader)
+        self._obey(Command.read(self._reader), at)
+
+    def _obey(self, command: Command, at: int) -> None:
+        """Do what a command says, which stands at ``at``."""
         if command.type == CommandType.SWITCHOVER_START:
             self._target.switchover_started()
         elif command.type in _COMMAND_CAPABILITY:

@@ -99,6 +99,10 @@ class StreamReader:
         start, self._start = self._start, min(self._end, self._start + limit)
         return bytes(self.buffer[start : self._start])
 
+    def went_past(self, nbytes: int) -> None:
+        """Count bytes that somebody else has read from the source; the window is empty."""
+        self._base += nbytes
+
     def error(self, message: str, *, offset: int | None = None) -> StreamError:
         """Return a StreamError that names this place (or ``offset``) and section."""
         at = self.offset if offset is None else offset

@@ -189,7 +189,11 @@ def test_options_are_told_as_qemu_tells_them():
 
 
 #: what a capability cannot be without
-NEEDS = {"switchover-ack": {"return-path"}, "zero-copy-send": {"multifd"}}
+NEEDS = {
+    "switchover-ack": {"return-path"},
+    "zero-copy-send": {"multifd"},
+    "postcopy-preempt": {"postcopy-ram"},
+}
 
 
 @pytest.mark.parametrize("side", [OutgoingMigration, IncomingMigration])

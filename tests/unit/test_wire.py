@@ -51,3 +51,9 @@ def test_every_command_and_message_has_its_length():
 
 def test_every_flag_fits_below_the_smallest_page():
     assert max(RamFlag) < 1 << wire.MIN_PAGE_BITS
+
+
+def test_the_numbers_of_postcopy_in_c_are_these():
+    for kind, numbers in _core.POSTCOPY_NUMBERS.items():
+        for name, value in numbers.items():
+            assert getattr(wire, kind)[name] == value

@@ -1,0 +1,592 @@
+"""Memory of this process is filled by a postcopy while threads use it."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import random
+import threading
+
+import numpy as np
+import pytest
+from reference import postcopy, ram, stream
+from reference.postcopy import PAGE, Source
+from unit.boxes import FOREVER, error_of
+
+import mig
+from mig import _core
+from mig.errors import MigError, MismatchError, OptionError
+from mig.postcopy.faults import MemoryFaults
+from mig.postcopy.times import PostcopyTimes
+
+NPAGES = 256
+RAM, BIG = b"pc.ram", b"big"
+UNIT = 16 * PAGE
+#: pages of precopy; of these the odd ones are discarded
+EARLY = 64
+
+
+def page(number: int, block: bytes = RAM) -> bytes:
+    """What a page holds in the end; every eighth is zero."""
+    if number % 8 == 0:
+        return bytes(PAGE)
+    return bytes([number % 251 + 1, len(block)]) * (PAGE // 2)
+
+
+def record(number: int, block: bytes = RAM) -> ram.Record:
+    contents = page(number, block)
+    return ram.Record(block, number, contents if any(contents) else 0)
+
+
+class Box:
+    """A guest whose vCPU is a thread that reads its memory without Python's lock."""
+
+    def __init__(self, made, folder, *, capabilities=("postcopy-ram",), shared=False, big=False):
+        self.memory = mig.GuestMemory()
+        fd = os.memfd_create("ram") if shared else None
+        self.memory.add("pc.ram", NPAGES * PAGE, fd=fd, shared=False if shared else None)
+        self.blocks = {"pc.ram": NPAGES * PAGE}
+        if big:
+            self.memory.add("big", 4 * UNIT, host_page_size=UNIT)
+            self.blocks["big"] = 4 * UNIT
+        self.big = big
+        for block in self.memory:
+            # what was there before must not be seen
+            np.frombuffer(block.view, dtype=np.uint8)[:] = 0xEE
+        self.loaded: list[bytes] = []
+        devices = mig.DeviceRegistry()
+        devices.register("cpu", save=lambda: b"", load=self._load)
+        self.resumed = threading.Event()
+        self.guest = mig.MemoryGuest("box", self.memory, devices, on_resume=self.resumed.set)
+        self.on_load = lambda: None
+        self.changed = threading.Condition()
+        self.incoming = made.incoming(
+            self.guest, capabilities=capabilities, on_event=lambda event: self._note()
+        )
+        self.incoming.listen(f"unix:{folder / 'in'}")
+        self.source = Source.connect(self.incoming.uri)
+
+    def _load(self, payload: bytes, version_id: int) -> None:
+        self.loaded.append(payload)
+        self.on_load()
+
+    def _note(self) -> None:
+        with self.changed:
+            self.changed.notify_all()
+
+    def reach(self, status) -> None:
+        with self.changed:
+            assert self.changed.wait_for(lambda: self.incoming.status == status, FOREVER)
+
+    def begin(self) -> None:
+        summary = PAGE | (UNIT if self.big else 0)
+        host_pages = {"big": UNIT} if self.big else None
+        head = postcopy.head(self.blocks, host_pages=host_pages, advised={"summary": summary})
+        self.source.send(head)
+        self.source.send(postcopy.pages([record(i) for i in range(EARLY)]))
+        for first in range(1, EARLY, 24):
+            odd = [(i * PAGE, PAGE) for i in range(first, min(first + 24, EARLY), 2)]
+            self.source.send(postcopy.discard("pc.ram", *odd))
+        self.source.send(postcopy.discard("pc.ram", (EARLY * PAGE, (NPAGES - EARLY) * PAGE)))
+        if self.big:
+            self.source.send(postcopy.discard("big", (0, 4 * UNIT)))
+
+    def switch(self) -> None:
+        self.begin()
+        cpu = [stream.Device("cpu", b"registers", 7)]
+        self.source.send(postcopy.ping(2) + postcopy.package(cpu) + postcopy.ping(4))
+        self.source.expect(postcopy.PONG, 1)
+        self.source.expect(postcopy.PONG, 2)
+
+    def runs(self) -> None:
+        """Pass over what is said until the guest runs."""
+        values = sorted(self.source.hear()[1] for _ in range(3))
+        assert values == [bytes([0, 0, 0, value]) for value in (3, 4, 0x42)]
+        assert self.resumed.wait(FOREVER)
+
+    def rest(self) -> list[ram.Record]:
+        late = [i for i in range(NPAGES) if i >= EARLY or i % 2]
+        big = range(4 * UNIT // PAGE) if self.big else ()
+        return [record(i) for i in late] + [record(i, BIG) for i in big]
+
+    def finish(self, source: Source | None = None) -> None:
+        source = source or self.source
+        source.send(postcopy.pages(self.rest(), 3) + b"\0")
+        while source.hear() != (postcopy.SHUT, bytes(4)):
+            pass
+        self.check()
+
+    def check(self) -> None:
+        assert self.incoming.wait(FOREVER)
+        for block in self.memory:
+            held = bytes(block.view)
+            for i in range(block.pages.npages):
+                assert held[i * PAGE : (i + 1) * PAGE] == page(i, block.idstr.encode()), i
+        assert self.loaded == [b"registers"]
+        assert self.guest.running
+
+    def touch(self, number: int, idstr: str = "pc.ram") -> Touch:
+        return Touch(self.memory[idstr], number)
+
+
+class Touch:
+    """A thread that reads a page without Python's lock: write(2) from it."""
+
+    def __init__(self, block: mig.RamBlock, number: int) -> None:
+        self.read, self._write = os.pipe()
+        self._page = block.view[number * PAGE : (number + 1) * PAGE]
+        self.thread = threading.Thread(target=self._run, daemon=True)
+        self.thread.start()
+
+    def _run(self) -> None:
+        os.write(self._write, self._page)
+        self._page.release()
+        os.close(self._write)
+
+    def value(self) -> bytes:
+        self.thread.join(FOREVER)
+        assert not self.thread.is_alive()
+        out = b""
+        while data := os.read(self.read, PAGE):
+            out += data
+        os.close(self.read)
+        return out
+
+
+@pytest.fixture
+def box(made, tmp_path):
+    return Box(made, tmp_path)
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["private", "memfd"])
+def test_a_page_that_is_touched_is_asked_for_and_comes(made, tmp_path, shared):
+    box = Box(made, tmp_path, shared=shared)
+    box.switch()
+    box.runs()
+    for number in (100, 101, 3):
+        touch = box.touch(number)
+        assert box.source.request() == ("pc.ram", number * PAGE, PAGE)
+        box.source.send(postcopy.pages([record(number)]))
+        assert touch.value() == page(number)
+    # zero, and never written in precopy: it is there, nobody has to be asked
+    assert box.touch(8).value() == bytes(PAGE)
+    assert box.touch(2).value() == page(2)
+    times = box.guest.postcopy_times()
+    assert (times.requests, times.faults) == (3, 3)
+    assert 0 < times.percentile(0.5) <= times.percentile(1) < FOREVER
+    box.finish()
+    assert box.guest.postcopy_times() == times
+
+
+def test_a_page_is_asked_for_once_whoever_waits(box):
+    box.switch()
+    box.runs()
+    touches = [box.touch(77) for _ in range(5)]
+    assert box.source.request() == ("pc.ram", 77 * PAGE, PAGE)
+    while box.guest.postcopy_times().requests < 1:
+        pass
+    other = box.touch(90)
+    # the next message is not about 77 again
+    assert box.source.request() == ("pc.ram", 90 * PAGE, PAGE)
+    box.source.send(postcopy.pages([record(77), record(90)]))
+    assert [touch.value() for touch in touches] == [page(77)] * 5
+    assert other.value() == page(90)
+    box.finish()
+
+
+def test_a_device_that_touches_memory_does_not_stop_everything(box):
+    """It holds Python's lock while it waits: what brings the page must not need it."""
+    seen = []
+    box.on_load = lambda: seen.append(box.memory["pc.ram"].view[201 * PAGE])
+    answering = threading.Event()
+
+    pid = os.fork()
+    if pid == 0:  # a source with a Python of its own
+        try:
+            box.source.send(b"")
+            box.switch()
+            while True:
+                kind, data = box.source.hear()
+                if kind == postcopy.REQ_PAGES_ID:
+                    break
+            assert int.from_bytes(data[:8], "big") == 201 * PAGE
+            box.source.send(postcopy.pages([record(201)]))
+            box.source.send(postcopy.pages(box.rest(), 3) + b"\0")
+            while box.source.hear()[0] != postcopy.SHUT:
+                pass
+            os._exit(0)
+        finally:
+            os._exit(1)
+    box.check()
+    assert os.waitpid(pid, 0)[1] == 0
+    assert seen == [page(201)[0]]
+    assert not answering.is_set()
+
+
+@pytest.mark.parametrize("last", [b"", b"nonsense", postcopy.END], ids=["cut", "bad", "end"])
+def test_a_device_does_not_wait_for_a_source_that_is_gone(box, last):
+    box.on_load = lambda: box.memory["pc.ram"].view[201 * PAGE]
+    pid = os.fork()
+    if pid == 0:
+        try:
+            box.switch()
+            while box.source.hear()[0] != postcopy.REQ_PAGES_ID:
+                pass
+            box.source.send(last)
+        finally:
+            os._exit(0)
+    box.source.close()
+    assert "while the devices waited" in str(error_of(box.incoming))
+    assert not box.resumed.is_set()
+    os.waitpid(pid, 0)
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["private", "memfd"])
+def test_larger_pages_of_the_host_are_placed_whole(made, tmp_path, shared):
+    box = Box(made, tmp_path, big=True, shared=shared)
+    box.switch()
+    box.runs()
+    touch = box.touch(UNIT // PAGE + 5, "big")
+    assert box.source.request() == ("big", UNIT, UNIT)
+    npages = UNIT // PAGE
+    box.source.send(postcopy.pages([record(i, BIG) for i in range(npages, 2 * npages - 1)]))
+    assert touch.thread.is_alive()
+    box.source.send(postcopy.pages([record(2 * npages - 1, BIG)]))
+    assert touch.value() == page(npages + 5, BIG)
+    zero = box.touch(0, "big")
+    assert box.source.request() == ("big", 0, UNIT)
+    box.source.send(postcopy.pages([ram.Record(BIG, i, 0) for i in range(npages)]))
+    assert zero.value() == bytes(PAGE)
+    # the page is the guest's by now: what comes again does not change it
+    rest = [r for r in box.rest() if r.block == RAM or r.page >= npages]
+    box.source.send(postcopy.pages([record(i, BIG) for i in range(npages)] + rest, 3) + b"\0")
+    assert box.incoming.wait(FOREVER)
+    assert bytes(box.memory["big"].view[: UNIT]) == bytes(UNIT)
+    assert bytes(box.memory["big"].view[UNIT + PAGE : UNIT + 2 * PAGE]) == page(npages + 1, BIG)
+
+
+@pytest.mark.parametrize(
+    "numbers", [[1], [0, 2], [0, 0], [0, 1, 16]], ids=["middle", "gap", "twice", "other"]
+)
+def test_half_a_page_of_the_host_is_no_page(made, tmp_path, numbers):
+    box = Box(made, tmp_path, big=True)
+    box.switch()
+    box.runs()
+    box.source.send(postcopy.pages([record(i, BIG) for i in numbers]))
+    box.reach("postcopy-paused")
+    again(box, tmp_path)
+
+
+def again(box: Box, folder) -> Source:
+    """Recover, and send what is missing."""
+    box.incoming.recover(f"unix:{folder / 'again'}")
+    source = Source.connect(box.incoming.uri)
+    source.bitmap("pc.ram")
+    source.send(stream.command(postcopy.RESUME))
+    source.expect(postcopy.RESUME_ACK, 1)
+    box.finish(source)
+    return source
+
+
+def test_what_was_asked_for_is_asked_for_again_after_a_break(box, tmp_path):
+    box.switch()
+    box.runs()
+    touches = [box.touch(number) for number in (100, 102, 240)]
+    asked = {box.source.request()[1] // PAGE for _ in range(3)}
+    assert asked == {100, 102, 240}
+    box.source.send(postcopy.pages([record(102)]))
+    assert touches[1].value() == page(102)
+    box.source.close()
+    box.reach("postcopy-paused")
+    late = box.touch(150)
+    while box.guest.postcopy_times().requests < 4:
+        pass
+    box.incoming.recover(f"unix:{tmp_path / 'again'}")
+    source = Source.connect(box.incoming.uri)
+    even = [i for i in range(EARLY) if i % 2 == 0]
+    assert source.bitmap("pc.ram") == [*even, 102]
+    source.send(stream.command(postcopy.RESUME))
+    source.expect(postcopy.RESUME_ACK, 1)
+    assert [source.request() for _ in range(3)] == [
+        ("pc.ram", number * PAGE, PAGE) for number in (100, 150, 240)
+    ]
+    source.send(postcopy.pages([record(i) for i in (240, 150, 100)]))
+    assert [t.value() for t in (touches[0], touches[2], late)] == [page(i) for i in (100, 240, 150)]
+    box.finish(source)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_damaged_streams_pause(made, tmp_path, seed):
+    rng = random.Random(seed)
+    box = Box(made, tmp_path, big=True)
+    box.switch()
+    box.runs()
+    data = bytearray(postcopy.pages(box.rest(), 3) + b"\0")
+    for _ in range(3):
+        data[rng.randrange(len(data) // 2)] ^= 1 << rng.randrange(8)
+    box.source.send(bytes(data[: rng.randrange(len(data))]))
+    box.source.close()
+    box.reach("postcopy-paused")
+    box.incoming.recover(f"unix:{tmp_path / 'again'}")
+    source = Source.connect(box.incoming.uri)
+    source.send(stream.command(postcopy.RESUME))
+    source.send(postcopy.pages(box.rest(), 3) + b"\0")
+    assert box.incoming.wait(FOREVER)
+    assert box.guest.running
+
+
+def test_urgent_pages_come_on_their_own_connection(made, tmp_path):
+    box = Box(made, tmp_path, capabilities=("postcopy-ram", "postcopy-preempt"))
+    urgent = Source.connect(box.incoming.uri)
+    box.switch()
+    box.runs()
+    touch, last = box.touch(101), None
+    assert box.source.request() == ("pc.ram", 101 * PAGE, PAGE)
+    urgent.send(ram.encode([record(101)], PAGE))
+    assert touch.value() == page(101)
+    # the main stream ends before the last urgent page is there: it is waited for
+    last = box.touch(103)
+    assert box.source.request() == ("pc.ram", 103 * PAGE, PAGE)
+    rest = [r for r in box.rest() if r.page != 103]
+    box.source.send(postcopy.pages(rest, 3) + b"\0")
+    box.source.sock.settimeout(0.1)
+    with pytest.raises(TimeoutError):
+        box.source.hear()
+    box.source.sock.settimeout(FOREVER)
+    urgent.send(ram.encode([record(103)], PAGE, RAM))
+    assert last.value() == page(103)
+    box.source.expect(postcopy.SHUT, 0)
+    box.check()
+
+
+def test_urgent_pages_that_never_come_are_a_break(made, tmp_path):
+    box = Box(made, tmp_path, capabilities=("postcopy-ram", "postcopy-preempt"))
+    urgent = Source.connect(box.incoming.uri)
+    box.switch()
+    box.runs()
+    touch = box.touch(103)
+    assert box.source.request() == ("pc.ram", 103 * PAGE, PAGE)
+    box.source.send(postcopy.pages([r for r in box.rest() if r.page != 103], 3) + b"\0")
+    urgent.send(ram.eos())
+    box.reach("postcopy-paused")
+    box.incoming.recover(f"unix:{tmp_path / 'again'}")
+    source = Source.connect(box.incoming.uri)
+    urgent = Source.connect(box.incoming.uri)
+    source.send(stream.command(postcopy.RESUME))
+    source.expect(postcopy.RESUME_ACK, 1)
+    assert source.request() == ("pc.ram", 103 * PAGE, PAGE)
+    source.send(postcopy.pages([record(103)], 3) + b"\0")
+    assert touch.value() == page(103)
+    source.expect(postcopy.SHUT, 0)
+    box.check()
+
+
+def test_a_failure_before_the_guest_runs_leaves_memory_that_can_be_used(box):
+    def refuse() -> None:
+        raise MismatchError("no")
+
+    box.on_load = refuse
+    box.switch()
+    assert isinstance(error_of(box.incoming), MismatchError)
+    assert not box.resumed.is_set()
+    assert box.memory["pc.ram"].view[200 * PAGE] == 0
+    box.memory.close()
+
+
+@pytest.mark.parametrize("summary", [PAGE | 2 << 20, 2 << 20, 1 << 14])
+def test_pages_of_other_sizes_are_refused(box, summary):
+    box.source.send(stream.header() + stream.configuration() + postcopy.advise(summary))
+    words = f"Postcopy needs matching RAM page sizes (s={summary:x} d=1000)"
+    assert words in str(error_of(box.incoming))
+
+
+def test_blocks_must_have_pages_of_the_same_size(made, tmp_path):
+    box = Box(made, tmp_path, big=True)
+    head = postcopy.head(
+        box.blocks, host_pages={"pc.ram": UNIT}, advised={"summary": PAGE | UNIT}
+    )
+    box.source.send(head)
+    assert "Mismatched RAM page size pc.ram (local) 4096 != 65536" in str(error_of(box.incoming))
+
+
+def test_half_a_page_cannot_be_discarded(made, tmp_path):
+    box = Box(made, tmp_path, big=True)
+    box.source.send(
+        postcopy.head(box.blocks, host_pages={"big": UNIT}, advised={"summary": PAGE | UNIT})
+        + postcopy.discard("big", (PAGE, UNIT))
+    )
+    assert isinstance(error_of(box.incoming), MismatchError)
+
+
+def test_memory_that_cannot_be_missing_is_refused_at_once(made):
+    memory = mig.GuestMemory()
+    held = mmap.mmap(-1, 4 * PAGE)
+    memory.add("ram", 2 * PAGE, memoryview(held)[64 : 64 + 2 * PAGE])
+    incoming = made.incoming(mig.MemoryGuest("box", memory), capabilities={"postcopy-ram"})
+    with pytest.raises(OptionError, match="does not begin at a page"):
+        incoming.listen("tcp:127.0.0.1:0")
+
+
+def test_why_the_kernel_cannot_is_said(made, monkeypatch):
+    def refuse():
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(_core, "probe_page_faults", refuse)
+    assert "vm.unprivileged_userfaultfd" in MemoryFaults.probe(mig.GuestMemory())
+
+
+def test_times_of_vcpus():
+    requests = _core.PageRequests()
+    memory = mig.GuestMemory()
+    block = memory.add("ram", 8 * PAGE)
+    received = _core.Bitmap(8)
+    server = _core.FaultServer(
+        [(b"ram", block.pages, PAGE, received, True, True)], PAGE, requests
+    )
+    server.settle()
+    server.set_vcpus([0, 0])
+    near, far = os.pipe()
+
+    def give(*numbers: int) -> None:
+        parser = _core.RamParser([(b"ram", 8)], PAGE)
+        data = ram.encode([record(i, b"ram") for i in numbers], PAGE) + ram.eos()
+        assert _core.PageReader(server, parser, data=data, bare=True).run(_core.Descriptor(near))
+
+    first = Touch(block, 1)
+    while server.wanted < 1:
+        pass
+    second = Touch(block, 2)
+    while server.wanted < 2:
+        pass
+    threading.Event().wait(0.02)
+    give(1)
+    assert first.value() == page(1, b"ram")
+    threading.Event().wait(0.02)
+    give(2)
+    assert second.value() == page(2, b"ram")
+    vcpus, together, latencies = server.times()
+    assert vcpus[1] > 0.04
+    assert 0.02 < together <= vcpus[0] < vcpus[1] + 0.02 or vcpus[0] >= together
+    assert together < vcpus[1]
+    assert sum(count for _, count in latencies) == 2
+    server.close()
+    server.close()
+    os.close(near)
+    os.close(far)
+    with pytest.raises(ValueError, match="no more"):
+        server.drain()
+
+
+def test_block_times_are_told_when_they_are_asked_for(made, tmp_path):
+    box = Box(made, tmp_path, capabilities=("postcopy-ram", "postcopy-blocktime"))
+    box.guest.vcpu_threads = [0, 1]
+    box.switch()
+    box.runs()
+    touch = box.touch(99)
+    box.source.request()
+    threading.Event().wait(0.02)
+    box.source.send(postcopy.pages([record(99)]))
+    touch.value()
+    box.finish()
+    info = box.incoming.query()
+    first, second = info.postcopy_vcpu_blocktime
+    assert first >= 0.02
+    assert (second, info.postcopy_blocktime) == (0, 0)
+    answer = info.to_qmp()
+    assert answer["postcopy-blocktime"] == 0
+    assert answer["postcopy-vcpu-blocktime"][0] >= 20
+
+
+class Worker:
+    """A source that sends pages of a guest as they are asked for, and all of them in the end."""
+
+    def __init__(self, guest, uri) -> None:
+        self.guest, self.source = guest, Source.connect(uri)
+        blocks = {block.idstr: block.used_length for block in guest.memory}
+        machine = guest.configuration.machine
+        self.source.send(postcopy.head(blocks, machine))
+        for block in guest.memory:
+            self.source.send(self.records(block.idstr, range(0, block.pages.npages, 2)))
+        guest.stop()
+        for idstr, nbytes in blocks.items():
+            self.source.send(postcopy.discard(idstr, (0, nbytes)))
+        state = guest.save_devices()
+        # without EOF and the description behind it
+        devices = state[: state.rindex(b"\x00\x06")]
+        blob = stream.command(postcopy.LISTEN) + devices + postcopy.ping(3)
+        self.source.send(postcopy.packaged(blob + stream.command(postcopy.RUN)))
+        self.sent = {idstr: set() for idstr in blocks}
+        self.asked = 0
+
+    def records(self, idstr, numbers, kind=2) -> bytes:
+        view = self.guest.memory[idstr].view
+        pages = ((i, bytes(view[i * PAGE : (i + 1) * PAGE])) for i in numbers)
+        return postcopy.pages(
+            [ram.Record(idstr.encode(), i, data if any(data) else 0) for i, data in pages], kind
+        )
+
+    def serve(self, count: int) -> None:
+        """Answer so many requests."""
+        while self.asked < count:
+            kind, data = self.source.hear()
+            if kind not in (postcopy.REQ_PAGES, postcopy.REQ_PAGES_ID):
+                continue
+            start, nbytes = int.from_bytes(data[:8], "big"), int.from_bytes(data[8:12], "big")
+            if kind == postcopy.REQ_PAGES_ID:
+                self.source.last_block = data[13:].decode()
+            idstr = self.source.last_block
+            numbers = set(range(start // PAGE, (start + nbytes) // PAGE)) - self.sent[idstr]
+            self.sent[idstr] |= numbers
+            self.asked += 1
+            self.source.send(self.records(idstr, sorted(numbers)))
+
+    def finish(self) -> None:
+        for block in self.guest.memory:
+            left = sorted(set(range(block.pages.npages)) - self.sent[block.idstr])
+            self.source.send(self.records(block.idstr, left))
+        self.source.send(postcopy.END)
+        while self.source.hear()[0] != postcopy.SHUT:
+            pass
+
+
+def test_workers_go_on_while_their_memory_comes(made, tmp_path):
+    options = {"workers": 2, "rate": 0, "working_set": 0.5}
+    with mig.ProcessGuest(1 << 20, **options) as mine, mig.ProcessGuest(1 << 20) as other:
+        mine.start()
+        incoming = made.incoming(other, capabilities={"postcopy-ram", "postcopy-blocktime"})
+        incoming.listen(f"unix:{tmp_path / 'in'}")
+        worker = Worker(mine, incoming.uri)
+        before = mine.counters().writes
+        worker.serve(60)
+        assert incoming.status == "postcopy-active"
+        assert other.running
+        worker.finish()
+        assert incoming.wait(FOREVER)
+        written = other.counters().writes
+        assert written > before
+        while other.counters().writes < written + 100:
+            pass
+        report = other.verify()
+        assert report.ok
+        times = other.postcopy_times()
+        assert times.requests >= 60
+        assert all(seconds > 0 for seconds in times.vcpus)
+        assert 0 < times.all_vcpus <= min(times.vcpus)
+        assert incoming.query().postcopy_vcpu_blocktime == times.vcpus
+
+
+def test_percentiles():
+    times = PostcopyTimes(latencies=((0.001, 98), (0.002, 1), (0.5, 1)))
+    assert times.faults == 100
+    assert times.percentile(0.5) == times.percentile(0.98) == 0.001
+    assert times.percentile(0.99) == 0.002
+    assert times.percentile(1) == 0.5
+    assert PostcopyTimes().percentile(0.5) is None
+
+
+def test_a_guest_that_is_not_a_destination_says_so():
+    guest = mig.MemoryGuest("box", mig.GuestMemory())
+    assert guest.postcopy_server() is None
+    assert guest.postcopy_times() == PostcopyTimes()
+    with pytest.raises(MigError):
+        guest.postcopy_run()
