@@ -9,25 +9,72 @@ from __future__ import annotations
 
 import contextlib
 import json
+import mmap
 import os
+import socket
 import statistics
 import subprocess
 import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from operator import attrgetter
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from mig.selftest.initramfs import write_initramfs
 from mig.selftest.kernel import find_kernel
 from mig.selftest.qemu import GuestSpec, Qemu, QemuBinary
+from mig.selftest.qmp import QmpCommandError
 
 _PEER = Path(__file__).with_name("peer.py")
 _POLL_INTERVAL = 0.005
+#: how long a destination may lag behind its source (seconds)
+_END = 60
+#: how long a source may take to be ready after a migration that failed (seconds)
+_CLEARED = 5
+#: the share of its memory that a guest of mig's writes
+_WORKING_SET = 0.25
 _TICKS = os.sysconf("SC_CLK_TCK")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What both ends are told, QEMU and mig alike, besides having a return path.
+
+    capabilities: names of those that are on
+    parameters:   values by QMP name
+    """
+
+    capabilities: tuple[str, ...] = ()
+    parameters: Mapping[str, object] = field(default_factory=dict)
+
+    def to_json(self, *, return_path: bool = True) -> str:
+        """As peer.py takes them: without a space."""
+        capabilities = [*self.capabilities, *(["return-path"] if return_path else [])]
+        parameters = {"max-bandwidth": 0, **self.parameters}
+        given = {"capabilities": capabilities, "parameters": parameters}
+        return json.dumps(given, separators=(",", ":"))
+
+    def apply(self, qemu: Qemu, *, return_path: bool = True) -> None:
+        """Tell a QEMU, which may have been told others before."""
+        on = {"return-path": return_path, "multifd": False}
+        qemu.set_capabilities(on | dict.fromkeys(self.capabilities, True))
+        qemu.set_parameters({**_USUAL, **self.parameters})
+
+
+#: QEMU's defaults of what some settings change, but for the limit on bandwidth
+_USUAL = {"max-bandwidth": 0, "multifd-channels": 2, "multifd-compression": "none"}
+
+PLAIN = Settings()
+
+
+def multifd(channels: int, compression: str = "none", **parameters: object) -> Settings:
+    """Return settings with so many channels; underscores in names stand for dashes."""
+    named = {key.replace("_", "-"): value for key, value in parameters.items()}
+    given = {"multifd-channels": channels, "multifd-compression": compression, **named}
+    return Settings(("multifd",), given)
 
 
 @dataclass(frozen=True)
@@ -138,8 +185,7 @@ class Peer:
 
     def sent(self) -> Sent:
         """Wait for what it has to say as a source."""
-        said = self.answer()
-        return Sent(said["seconds"], said["nbytes"], Usage(said["user"], said["system"]))
+        return _sent(self.answer())
 
     def close(self) -> None:
         """End the process."""
@@ -149,16 +195,21 @@ class Peer:
         self._out.close()
 
 
+def _sent(said: Mapping[str, Any]) -> Sent:
+    return Sent(said["seconds"], said["nbytes"], Usage(said["user"], said["system"]))
+
+
 class MigImage:
     """Sends a file that holds a VM."""
 
-    def __init__(self, image: Path) -> None:
+    def __init__(self, image: Path, settings: Settings = PLAIN) -> None:
         self._image = image
+        self._settings = settings
         self._peer: Peer | None = None
         self._sent = Sent(0, 0, Usage(0, 0))
 
     def prepare(self, uri: str) -> None:
-        self._peer = Peer("send", uri, self._image)
+        self._peer = Peer("send", uri, self._settings.to_json(), self._image)
 
     def migrate(self, uri: str) -> None:
         assert self._peer is not None
@@ -177,25 +228,33 @@ class MigImage:
 class MigGuest:
     """A running process guest that goes on after each migration, as if it had failed.
 
-    rate: bytes of memory that it dirties each second, in a quarter of its memory
-    log:  'tracked' or 'marked'
+    rate:     bytes of memory that it dirties each second, in a quarter of its memory
+    log:      'tracked' or 'marked'
+    workload: more arguments of ProcessGuest
+    settings: of the next migration; may be replaced
+    patience: after so many seconds the next migration ends with whatever downtime; 0: never
     """
 
-    def __init__(self, mib: int, *, rate: int, log: str) -> None:
-        self._peer = Peer("guest", mib, rate, log)
+    def __init__(self, mib: int, *, rate: int, log: str, **workload: object) -> None:
+        given = {"rate": rate, "dirty": log, "working_set": _WORKING_SET, **workload}
+        self._peer = Peer("guest", mib, json.dumps(given))
         self._sent = Sent(0, 0, Usage(0, 0))
+        self.settings = PLAIN
+        self.patience = 0.0
+        self.said: dict[str, Any] = {}
 
     def prepare(self, uri: str) -> None:
         self._peer.order("resume")
         self._peer.wait_ready()
 
     def migrate(self, uri: str) -> None:
-        self._peer.order(f"migrate {uri}")
-        self._sent = self._peer.sent()
+        self._peer.order(f"migrate {uri} {self.settings.to_json()} {self.patience}")
+        self.said = self._peer.answer()
+        self._sent = _sent(self.said)
 
-    def stream(self, uri: str, bandwidth: int) -> None:
-        """Send, so many bytes a second at most, until the other end hangs up."""
-        self._peer.order(f"stream {uri} {bandwidth}")
+    def stream(self, uri: str) -> None:
+        """Send until the other end hangs up, without a return path."""
+        self._peer.order(f"stream {uri} {self.settings.to_json(return_path=False)}")
         self._peer.answer()
 
     def result(self) -> Sent:
@@ -212,12 +271,19 @@ class MigGuest:
 class MigDestination:
     """Takes the guest in a process of mig's.
 
-    role, arguments: of peer.py
+    role, uri, arguments: of peer.py
     kept: the file that it writes, if it does
     """
 
-    def __init__(self, role: str, *arguments: object, kept: Path | None = None) -> None:
-        self._peer = Peer(role, *arguments)
+    def __init__(
+        self,
+        role: str,
+        uri: str,
+        *arguments: object,
+        settings: Settings = PLAIN,
+        kept: Path | None = None,
+    ) -> None:
+        self._peer = Peer(role, uri, settings.to_json(), *arguments)
         self._kept = kept
         self.said: dict[str, Any] = {}
 
@@ -239,11 +305,18 @@ def qemu_name(binary: QemuBinary) -> str:
     return f"QEMU {'.'.join(map(str, binary.version))}"
 
 
-def idle_guest(mib: int, folder: Path) -> GuestSpec:
-    """Return a machine whose guest has so much memory that does not compress, and is idle."""
+def idle_guest(
+    mib: int, folder: Path, pattern: Literal["random", "compressible"] = "random"
+) -> GuestSpec:
+    """Return a machine whose guest is idle and has so much memory.
+
+    pattern: random: does not compress; compressible: by half
+    """
     initrd = write_initramfs(folder / "initrd")
     memory = mib + mib // 16 + 96
-    return GuestSpec(find_kernel(), initrd, memory_mib=memory, fill_mib=mib, mode="idle")
+    return GuestSpec(
+        find_kernel(), initrd, memory_mib=memory, fill_mib=mib, mode="idle", pattern=pattern
+    )
 
 
 def _usage(qemu: Qemu) -> Usage:
@@ -264,16 +337,15 @@ def _since(before: Usage, after: Usage) -> Usage:
     return Usage(after.user - before.user, after.system - before.system)
 
 
-def _configure(qemu: Qemu, *, return_path: bool = True, max_bandwidth: int = 0) -> None:
-    qemu.set_capabilities({"return-path": return_path})
-    qemu.set_parameters({"max-bandwidth": max_bandwidth})
-
-
 class QemuSource:
-    """A running guest that goes on after each migration, as if it had failed."""
+    """A running guest that goes on after each migration, as if it had failed.
+
+    settings: of the next migration; may be replaced
+    """
 
     def __init__(self, qemu: Qemu) -> None:
         self._qemu = qemu
+        self.settings = PLAIN
         self._before = Usage(0, 0)
         self._after = Usage(0, 0)
 
@@ -281,8 +353,19 @@ class QemuSource:
         if self._qemu.status() != "running":
             self._qemu.command("cont")
             self._qemu.wait_status("running")
-        _configure(self._qemu)
+        self.settings.apply(self._qemu)
         self._before = _usage(self._qemu)
+
+    def _start(self, uri: str) -> None:
+        """Migrate; QEMU 7.2 says that the last one failed before it has cleared up after it."""
+        deadline = time.monotonic() + _CLEARED
+        while True:
+            try:
+                return self._qemu.migrate(uri)
+            except QmpCommandError:
+                if time.monotonic() > deadline:
+                    raise
+            time.sleep(_POLL_INTERVAL)
 
     def migrate(self, uri: str) -> None:
         self._qemu.migrate(uri)
@@ -292,14 +375,14 @@ class QemuSource:
             time.sleep(_POLL_INTERVAL)
         self._after = _usage(self._qemu)
 
-    def stream(self, uri: str, bandwidth: int) -> None:
-        """Send, so many bytes a second at most, until the other end hangs up."""
-        _configure(self._qemu, return_path=False, max_bandwidth=bandwidth)
-        self._qemu.migrate(uri)
+    def stream(self, uri: str) -> None:
+        """Send until the other end hangs up, without a return path."""
+        self.settings.apply(self._qemu, return_path=False)
+        self._start(uri)
         self._qemu.wait_migration(until=("failed", "completed"))
 
     def result(self) -> Sent:
-        info = self._qemu.wait_migration()
+        info = self._qemu.wait_migration(_END)
         used = _since(self._before, self._after)
         return Sent(info["total-time"] / 1000, info["ram"]["transferred"], used)
 
@@ -310,14 +393,21 @@ class QemuSource:
 class QemuDestination:
     """A fresh QEMU that waits for the guest."""
 
-    def __init__(self, binary: QemuBinary, spec: GuestSpec, folder: Path, uri: str) -> None:
+    def __init__(
+        self,
+        binary: QemuBinary,
+        spec: GuestSpec,
+        folder: Path,
+        uri: str,
+        settings: Settings = PLAIN,
+    ) -> None:
         self._qemu = Qemu(binary, spec, folder, name="destination", incoming="defer")
-        _configure(self._qemu)
+        settings.apply(self._qemu)
         self._qemu.migrate_incoming(uri)
         self._before = _usage(self._qemu)
 
     def result(self) -> Usage:
-        self._qemu.wait_migration()
+        self._qemu.wait_migration(_END)
         return _since(self._before, _usage(self._qemu))
 
     def close(self) -> None:
@@ -327,16 +417,51 @@ class QemuDestination:
 # ---- the stage -------------------------------------------------------------------------------
 
 
+def disk_rate(file: Path, nbytes: int) -> float:
+    """Return how many bytes a second go into a new file around the page cache; 0: none can.
+
+    nbytes: how many are written, a multiple of 1 MiB
+    """
+    try:
+        fd = os.open(file, os.O_CREAT | os.O_WRONLY | os.O_DIRECT | os.O_CLOEXEC, 0o600)
+    except OSError:
+        return 0.0
+    try:
+        with mmap.mmap(-1, _WRITE) as buffer:
+            buffer.write(os.urandom(_WRITE))
+            start = time.perf_counter()
+            for _ in range(nbytes // _WRITE):
+                os.write(fd, buffer)
+            return nbytes / (time.perf_counter() - start)
+    finally:
+        os.close(fd)
+        file.unlink()
+
+
+#: bytes of one write of disk_rate()
+_WRITE = 1 << 20
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
 class Stage:
     """Where one migration after the other is prepared, and run.
 
-    folder: for the socket
-    mib:    memory that a destination takes
+    folder:    for the socket
+    mib:       memory that a destination takes
+    transport: unix or tcp
+
+    uri: where the next destination is to listen; another one each time with tcp
     """
 
-    def __init__(self, folder: Path, mib: int) -> None:
+    def __init__(self, folder: Path, mib: int, transport: str = "unix") -> None:
         self._warm_mib = mib + mib // 8 + 64
         self._socket = folder / "socket"
+        self._transport = transport
         self.uri = f"unix:{self._socket}"
         self._busy = 0.0
         self._source: Source | None = None
@@ -355,6 +480,8 @@ class Stage:
     def prepare(self, source: Source, make_destination: Callable[[], Destination]) -> None:
         """Set the ends up; then have the host back the memory that the destination will take."""
         self.clear()
+        if self._transport == "tcp":
+            self.uri = f"tcp:127.0.0.1:{_free_port()}"
         self._source = source
         self._destination = make_destination()
         source.prepare(self.uri)

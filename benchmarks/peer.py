@@ -1,17 +1,20 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """One end of a migration in a process of its own, as QEMU is: run by migrations.py.
 
-    peer.py capture URI FILE      be a destination that keeps the VM in FILE
-    peer.py memory  URI FILE      be a destination with memory like that of the VM in FILE
-    peer.py host    URI MIB       be a destination of a process guest, and let it run
-    peer.py send    URI FILE      be the source of the VM in FILE, once a line comes from stdin
-    peer.py guest   MIB RATE LOG  be a process guest that dirties RATE bytes a second, and the
-                                  source of it when a line from stdin says so
-    peer.py sink    URI SECONDS   take what comes, and hang up after so many whole seconds
-    peer.py warm    MIB           touch so much memory, once a line comes from stdin
+    peer.py capture URI OPTIONS FILE  be a destination that keeps the VM in FILE
+    peer.py drop    URI OPTIONS       be one that reads everything and keeps nothing
+    peer.py memory  URI OPTIONS FILE  be one with memory like that of the VM in FILE
+    peer.py host    URI OPTIONS MIB   be a destination of a process guest, and let it run
+    peer.py send    URI OPTIONS FILE  be the source of the VM in FILE, once a line comes from stdin
+    peer.py guest   MIB WORKLOAD      be a process guest, and its source when a line from stdin
+                                      says so; WORKLOAD: JSON, arguments of ProcessGuest
+    peer.py sink    URI SECONDS       take what comes over any number of connections, and hang up
+                                      after so many whole seconds
+    peer.py warm    MIB               touch so much memory, once a line comes from stdin
 
-Every one says "ready" when it is, and prints a JSON object when it is done: seconds of the
-migration, of this process in user mode and in the kernel meanwhile.
+OPTIONS is JSON: capabilities, a list, and parameters. Every one says "ready" when it is, and prints
+a JSON object when it is done: seconds of the migration, of this process in user mode and in the
+kernel meanwhile.
 """
 
 from __future__ import annotations
@@ -21,20 +24,22 @@ import contextlib
 import itertools
 import json
 import mmap
+import os
 import resource
+import selectors
 import socket
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
 import mig
+from mig import _core
+from mig.records import BlockInfo, Configuration
 from mig.savevm.devices import DeviceState
-
-#: the share of its memory that a guest writes
-_WORKING_SET = 0.25
 
 
 class _MemoryOnly(mig.MemoryGuest):
@@ -42,6 +47,53 @@ class _MemoryOnly(mig.MemoryGuest):
 
     def load_devices(self, state: DeviceState) -> None:
         """Leave the devices alone."""
+
+
+class _Nothing:
+    """Takes any VM as StreamCapture does, but into /dev/null: all that is left is to read it."""
+
+    def __init__(self) -> None:
+        self._fd = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+        self._log: _core.PageLog | None = None
+
+    def _open_log(self, parser: _core.RamParser) -> _core.PageLog:
+        self._log = self._log or _core.PageLog(self._fd, parser)
+        return self._log
+
+    def configure(self, configuration: Configuration | None) -> None:
+        """Take any."""
+
+    def open_blocks(self, blocks: Sequence[BlockInfo], page_size: int) -> None:
+        """Take any."""
+
+    def ram_started(self, section_id: int, footers: bool) -> None:
+        """Nothing."""
+
+    def put(
+        self, parser: _core.RamParser, data: bytes | bytearray | memoryview, start: int
+    ) -> None:
+        """Note where the pages would be."""
+        if parser.npages:
+            self._open_log(parser).put(data, start)
+
+    def open_lanes(
+        self, receiver: _core.MultifdReceiver, parser: _core.RamParser, section_id: int
+    ) -> None:
+        """The same for channels."""
+        receiver.to_log(self._open_log(parser))
+
+    def switchover_started(self) -> None:
+        """Nothing."""
+
+    def load_devices(self, state: DeviceState) -> None:
+        """Nothing."""
+
+    def commit(self) -> None:
+        """Let go."""
+        self._log = None
+        os.close(self._fd)
+
+    abort = commit
 
 
 def _used() -> tuple[float, float]:
@@ -68,32 +120,37 @@ def _report(**figures: Any) -> None:
     print(json.dumps(figures), flush=True)
 
 
-def _receive(uri: str, guest: mig.DestinationGuest) -> None:
-    incoming = mig.IncomingMigration(guest)
+def _receive(uri: str, options: str, guest: mig.DestinationGuest) -> None:
+    incoming = mig.IncomingMigration(guest, **json.loads(options))
     incoming.listen(uri)
     _ready()
     incoming.wait()
 
 
-def capture(uri: str, file: str) -> None:
-    _receive(uri, mig.StreamCapture(file))
+def capture(uri: str, options: str, file: str) -> None:
+    _receive(uri, options, mig.StreamCapture(file))
     # at once: what is closed afterwards is not part of the migration
     _report(**_spent())
 
 
-def memory(uri: str, file: str) -> None:
+def drop(uri: str, options: str) -> None:
+    _receive(uri, options, _Nothing())
+    _report(**_spent())
+
+
+def memory(uri: str, options: str, file: str) -> None:
     with mig.open_image(file) as image:
         machine, blocks = image.machine or "", image.blocks
         ram = mig.GuestMemory(image.page_size)
     for block in blocks:
         ram.add(block.idstr, block.used_length)
-    _receive(uri, _MemoryOnly(machine, ram))
+    _receive(uri, options, _MemoryOnly(machine, ram))
     _report(**_spent())
 
 
-def host(uri: str, mib: str) -> None:
+def host(uri: str, options: str, mib: str) -> None:
     guest = mig.ProcessGuest(int(mib) << 20)
-    _receive(uri, guest)
+    _receive(uri, options, guest)
     arrived = guest.counters().ticks
     guest.resume()
     spent = _spent()
@@ -105,37 +162,57 @@ def host(uri: str, mib: str) -> None:
     _report(gap=report.switchover_gap, **spent)
 
 
-def _migrate(guest: mig.SourceGuest, uri: str) -> None:
-    outgoing = mig.OutgoingMigration(
-        guest, capabilities=["return-path"], parameters={"max-bandwidth": 0}
-    )
+def _migrate(guest: mig.SourceGuest, uri: str, options: str, patience: float = 0) -> None:
+    """Migrate; after `patience` seconds, if any, with whatever downtime that takes."""
+    outgoing = mig.OutgoingMigration(guest, **json.loads(options))
+    forced = threading.Event()
+
+    def force() -> None:
+        forced.set()
+        outgoing.set_parameters({"downtime-limit": _ANY_DOWNTIME})
+
+    timer = threading.Timer(patience, force)
     outgoing.start(uri)
+    if patience:
+        timer.start()
     outgoing.wait()
+    timer.cancel()
     info = outgoing.query()
-    _report(seconds=info.total_time, nbytes=info.ram.transferred, **_spent())
+    _report(
+        seconds=info.total_time,
+        nbytes=info.ram.transferred,
+        passes=info.ram.dirty_sync_count,
+        downtime=info.downtime,
+        forced=forced.is_set(),
+        **_spent(),
+    )
 
 
-def _stream(guest: mig.SourceGuest, uri: str, bandwidth: int) -> None:
+#: as many milliseconds as the parameter can have
+_ANY_DOWNTIME = 2_000_000
+
+
+def _stream(guest: mig.SourceGuest, uri: str, options: str) -> None:
     """Send until the other end hangs up."""
-    outgoing = mig.OutgoingMigration(guest, parameters={"max-bandwidth": bandwidth})
+    outgoing = mig.OutgoingMigration(guest, **json.loads(options))
     outgoing.start(uri)
     with contextlib.suppress(mig.errors.ChannelError):
         outgoing.wait()
     _report()
 
 
-def send(uri: str, file: str) -> None:
+def send(uri: str, options: str, file: str) -> None:
     with mig.open_image(file) as image:
         _ready()
         sys.stdin.readline()
-        _migrate(image, uri)
+        _migrate(image, uri, options)
 
 
-def guest(mib: str, rate: str, log: str) -> None:
-    dirty: Any = mig.WriteTracker if log == "tracked" else "marked"
-    with mig.ProcessGuest(
-        int(mib) << 20, rate=int(rate), working_set=_WORKING_SET, dirty=dirty
-    ) as guest:
+def guest(mib: str, workload: str) -> None:
+    given = json.loads(workload)
+    if given["dirty"] == "tracked":
+        given["dirty"] = mig.WriteTracker
+    with mig.ProcessGuest(int(mib) << 20, **given) as guest:
         guest.start()
         _ready()
         for line in sys.stdin:
@@ -144,31 +221,33 @@ def guest(mib: str, rate: str, log: str) -> None:
                     if not guest.running:
                         guest.resume()
                     _ready()
-                case ["migrate", uri]:
-                    _migrate(guest, uri)
-                case ["stream", uri, bandwidth]:
-                    _stream(guest, uri, int(bandwidth))
+                case ["migrate", uri, options, patience]:
+                    _migrate(guest, uri, options, float(patience))
+                case ["stream", uri, options]:
+                    _stream(guest, uri, options)
 
 
 def sink(uri: str, seconds: str) -> None:
     path = uri.removeprefix("unix:")
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(path)
-        listener.listen(1)
+        listener.listen()
         _ready()
-        connection, _ = listener.accept()
-    times, totals = _take(connection, int(seconds))
+        times, totals = _take(listener, int(seconds))
     _report(rates=_rates(times, totals, int(seconds)))
 
 
-def _take(connection: socket.socket, seconds: int) -> tuple[list[float], list[int]]:
-    """Return when bytes came, and how many had come by then, in a little more than ``seconds``."""
-    buffer = bytearray(1 << 20)
+def _take(listener: socket.socket, seconds: int) -> tuple[list[float], list[int]]:
+    """Return when bytes came, and how many had come by then, in a little more than ``seconds``.
+
+    All connections count together. Nobody is answered: no source waits for it, without return path.
+    """
     times, totals = [], []
     total = 0
     end = None
-    with connection:
-        while n := connection.recv_into(buffer):
+    with contextlib.ExitStack() as connections, selectors.DefaultSelector() as selector:
+        selector.register(listener, selectors.EVENT_READ)
+        for n in _arrivals(listener, selector, connections):
             now = time.monotonic()
             total += n
             if end is None and total >= _PAGES_COME:
@@ -179,6 +258,24 @@ def _take(connection: socket.socket, seconds: int) -> tuple[list[float], list[in
                 if now > end:
                     break
     return times, totals
+
+
+def _arrivals(
+    listener: socket.socket, selector: selectors.BaseSelector, connections: contextlib.ExitStack
+) -> Iterator[int]:
+    """Accept connections and yield how many bytes come over them, until one of them ends."""
+    buffer = bytearray(1 << 20)
+    while True:
+        for key, _ in selector.select():
+            if key.fileobj is listener:
+                connection = connections.enter_context(listener.accept()[0])
+                selector.register(connection, selectors.EVENT_READ)
+                continue
+            assert isinstance(key.fileobj, socket.socket)
+            n = key.fileobj.recv_into(buffer)
+            if not n:
+                return
+            yield n
 
 
 #: bytes of stream after which surely pages come
@@ -230,6 +327,7 @@ def warm(mib: str) -> None:
 
 _ROLES: dict[str, Callable[..., None]] = {
     "capture": capture,
+    "drop": drop,
     "memory": memory,
     "host": host,
     "send": send,

@@ -91,12 +91,89 @@ def _limits_rate(benchmark: Benchmark) -> bool:
     return "cap" in benchmark["extra_info"]
 
 
+def _has_legs(benchmark: Benchmark) -> bool:
+    return "legs" in benchmark["extra_info"]
+
+
+def _leg_row(info: dict[str, Any], name: str, leg: str) -> Iterator[str]:
+    beside = info["beside"]
+    yield f"{info['settings']}, {info['transport']}"
+    yield f"{leg} ({info['disk'] / 1e9:.2f} GB/s)" if name == "into file" else leg
+    yield beside.removeprefix("QEMU ")
+    yield f"{info['mib']}"
+    for who in (name, beside):
+        yield _time(info[f"total {who}"])
+    yield f"**{info[f'total {beside}'] / info[f'total {name}']:.2f}**"
+    for who in (name, beside):
+        yield f"{info['mib'] * 2**20 / info[f'total {who}'] / 1e9:.2f}"
+    for end in _ENDS:
+        for who in (name, beside):
+            yield _cpu(info, who, end)
+    yield f"{_elsewhere(info, name):.2f} / {_elsewhere(info, beside):.2f}"
+
+
+def _legs(benchmarks: list[Benchmark]) -> Iterator[str]:
+    yield "## Channels and codecs"
+    yield ""
+    yield (
+        "As above, with a number of multifd channels (2 where a codec is named; then memory "
+        "compresses by half) or none. `mig to mig` moves mig's own running guest, the others a "
+        "QEMU guest; each is beside QEMU to QEMU with the same settings in the same rounds. "
+        "GB/s counts the guest's memory, not the bytes that a codec leaves of it. `file` is on "
+        "disk, as `mig receive` has it, beside what goes into a file there by itself, written "
+        "around the page cache; `nowhere` reads the same stream and keeps nothing."
+    )
+    yield ""
+    head = ["settings", "from, to", "QEMU", "MiB", "with mig", "QEMU alone", "total x"]
+    head += ["GB/s, mig", "GB/s, QEMU"]
+    head += [f"CPU {end}, {who}" for end in _ENDS for who in ("mig", "QEMU")]
+    head.append("others' CPU, mig / QEMU")
+    infos = [b["extra_info"] for b in benchmarks]
+    rows = (_leg_row(info, *leg) for info in infos for leg in info["legs"].items())
+    yield from _table(head, rows)
+
+
+def _converges(benchmark: Benchmark) -> bool:
+    return "sets" in benchmark["extra_info"]
+
+
+def _convergence(benchmarks: list[Benchmark]) -> Iterator[str]:
+    for b in benchmarks:
+        info = b["extra_info"]
+        yield "## Convergence"
+        yield ""
+        yield (
+            f"A guest of {info['memory'] >> 20} MiB that dirties {info['rate'] >> 20} MiB/s, one "
+            "word in every 512 bytes of a page, in a quarter of its memory, over a link of "
+            f"{info['limit'] * 8 / 1e9:g} Gbit/s (max-bandwidth). After {info['patience']:.0f} s "
+            "any downtime is allowed: such a round has not converged."
+        )
+        yield ""
+        rows = []
+        plain = next(iter(info["sets"].values()))
+        for name, one in info["sets"].items():
+            rows.append(
+                [
+                    name,
+                    f"{one['converged']} of {b['stats']['rounds']}",
+                    _time(one["total"]),
+                    f"{one['nbytes'] / 1e9:.2f} GB",
+                    f"**{plain['nbytes'] / one['nbytes']:.2f}**",
+                    f"{one['passes']:.0f}",
+                    _time(one["downtime"]),
+                ]
+            )
+        head = ["pages go", "converged", "total time", "on the wire", "x fewer bytes", "passes"]
+        yield from _table([*head, "downtime"], rows)
+
+
 def _rates(benchmarks: list[Benchmark]) -> Iterator[str]:
     yield "## Rate limit"
     yield ""
     yield (
-        "What an idle guest's migration puts into a unix socket in each whole second while "
-        "max-bandwidth holds it back, as the reader counts it: how far that is from the cap. All "
+        "What an idle guest's migration puts into unix sockets in each whole second while "
+        "max-bandwidth holds it back, as the reader counts it: how far that is from the cap. With "
+        "multifd it is the sum over the main connection and all channels. All "
         "seconds begin in a pause between two bursts. A second in which others took the "
         "processors is short of its bytes. mig is measured in turn with each QEMU."
     )
@@ -108,13 +185,15 @@ def _rates(benchmarks: list[Benchmark]) -> Iterator[str]:
             rows.append(
                 [
                     f"{info['cap'] / 1e6:g} MB/s",
+                    f"{info['channels'] or '-'}",
                     who if who != "mig" else f"mig, beside {_peers(b)[0]}",
                     f"{info[f'kept {who}']} of {info[f'windows {who}']}",
                     f"{100 * info[f'off {who}']:+.2f} %",
                     f"**{100 * info[f'worst {who}']:+.2f} %**",
                 ]
             )
-    yield from _table(["cap", "source", "seconds within 2 %", "off by, median", "worst"], rows)
+    head = ["cap", "channels", "source", "seconds within 2 %", "off by, median", "worst"]
+    yield from _table(head, rows)
 
 
 def _kernel_row(benchmark: Benchmark, rates: bool, peers: list[str]) -> Iterator[str]:
@@ -224,18 +303,21 @@ def report(results: list[dict[str, Any]]) -> Iterator[str]:
     """Yield the lines of the page."""
     machine = results[0]["machine_info"]["mig"]
     benchmarks = [benchmark for result in results for benchmark in result["benchmarks"]]
-    migrations = [b for b in benchmarks if _is_migration(b)]
+    legs = [b for b in benchmarks if _has_legs(b)]
+    migrations = [b for b in benchmarks if _is_migration(b) and b not in legs]
+    convergence = [b for b in benchmarks if _converges(b)]
     rates = [b for b in benchmarks if _limits_rate(b)]
     live = [b for b in benchmarks if _is_live(b)]
-    kernels = [b for b in benchmarks if b not in migrations + rates + live]
-    versions = sorted({peer for b in migrations + rates for peer in _peers(b)})
+    kernels = [b for b in benchmarks if b not in migrations + legs + rates + live + convergence]
+    versions = {peer for b in migrations + rates for peer in _peers(b)}
+    versions |= {b["extra_info"]["beside"] for b in legs}
     yield "# Benchmarks"
     yield ""
     yield f"Regenerate: `{_COMMAND}`"
     yield ""
     yield f"- {machine['cpu']}, {machine['cpus']} CPUs, Linux {machine['kernel']}"
     if versions:
-        yield f"- {', '.join(versions)}"
+        yield f"- {', '.join(sorted(versions))}"
     yield f"- {results[0]['datetime'][:10]}; machines drift: only ratios within a run mean anything"
     if kernels:
         yield f"- the kernels that mig chooses here: `{machine['kernels']}`"
@@ -244,8 +326,10 @@ def report(results: list[dict[str, Any]]) -> Iterator[str]:
         yield "- **smoke run: too short to mean anything**"
     parts = (
         (_migrations, migrations),
+        (_legs, legs),
         (_rates, rates),
         (_live, live),
+        (_convergence, convergence),
         (_kernels, kernels),
     )
     for part, chosen in parts:

@@ -21,15 +21,18 @@ import pytest
 from mig.selftest.qemu import GuestSpec, Qemu, QemuBinary
 
 from .migrations import (
+    PLAIN,
     Ends,
     MigDestination,
     MigGuest,
     Peer,
     QemuDestination,
     QemuSource,
+    Settings,
     Stage,
     compare_migrations,
     idle_guest,
+    multifd,
     qemu_name,
 )
 
@@ -112,7 +115,9 @@ def test_idle_guest(
     compare_migrations(compare, stage, ends, mib=mib, rounds=rounds, warmup=1)
 
 
-@pytest.mark.parametrize("megabytes", [50, 500, 1000])
+@pytest.mark.parametrize(
+    ("megabytes", "channels"), [(50, 0), (500, 0), (1000, 0), (50, 4), (500, 4)]
+)
 def test_rate_limit(
     compare: Any,
     smoke: bool,
@@ -123,13 +128,19 @@ def test_rate_limit(
     binary: QemuBinary,
     mib: int,
     megabytes: int,
+    channels: int,
 ) -> None:
-    """What arrives in each second, against max-bandwidth."""
+    """What arrives in each second, over all connections, against max-bandwidth.
+
+    channels: of multifd; 0: there is only the main one
+    """
     cap = megabytes * 1_000_000 // (20 if smoke else 1)
     # the half second is for the start, before the first whole one
     seconds = min(5, int((mib << 20) / cap - 0.5))
     sources: dict[str, MigGuest | QemuSource] = {"mig": mine, qemu_name(binary): theirs}
     rates: dict[str, list[float]] = defaultdict(list)
+    settings = multifd(channels) if channels else PLAIN
+    limited = Settings(settings.capabilities, {**settings.parameters, "max-bandwidth": cap})
     with contextlib.ExitStack() as sinks:
         current: list[Peer] = []
 
@@ -139,9 +150,10 @@ def test_rate_limit(
             current[:] = [Peer("sink", stage.uri, seconds)]
             sinks.callback(current[0].close)
             sources[name].prepare(stage.uri)
+            sources[name].settings = limited
 
         def run(name: str) -> None:
-            sources[name].stream(stage.uri, cap)
+            sources[name].stream(stage.uri)
             rates[name] += current[0].answer()["rates"]
 
         compare(
@@ -150,7 +162,10 @@ def test_rate_limit(
             rounds=rounds,
             prepare=prepare,
         )
+    for source in sources.values():
+        source.settings = PLAIN
     compare.info["cap"] = cap
+    compare.info["channels"] = channels
     for name, some in rates.items():
         off = [rate / cap - 1 for rate in some]
         compare.info[f"off {name}"] = statistics.median(off)

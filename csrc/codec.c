@@ -8,6 +8,8 @@
 
 #include "mig.h"
 
+enum { MAX_WINDOW = 25 }; /* log2 of zstd's window: what level 20 uses, QEMU's highest */
+
 size_t mig_codec_bound(enum mig_codec codec, size_t nbytes)
 {
     /* a flush ends the block and may add an empty one */
@@ -110,12 +112,23 @@ static void *open_zlib_decoder(void)
     return zs;
 }
 
+/* Its own limit would let a peer have 128 MiB for each channel. */
+static void *open_zstd_decoder(void)
+{
+    ZSTD_DCtx *context = ZSTD_createDCtx();
+
+    if (context && ZSTD_isError(ZSTD_DCtx_setParameter(context, ZSTD_d_windowLogMax, MAX_WINDOW))) {
+        ZSTD_freeDCtx(context);
+        return NULL;
+    }
+    return context;
+}
+
 int mig_decoder_open(struct mig_coder *c, enum mig_codec codec)
 {
     c->codec = codec;
-    /* zstd's own limit on the window (128 MiB) is above what its levels up to 20 use */
     c->state = codec == MIG_CODEC_ZLIB   ? open_zlib_decoder()
-               : codec == MIG_CODEC_ZSTD ? ZSTD_createDCtx()
+               : codec == MIG_CODEC_ZSTD ? open_zstd_decoder()
                                          : NULL;
     return c->state || codec == MIG_CODEC_NONE ? 0 : MIG_E_NOMEM;
 }

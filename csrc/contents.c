@@ -22,6 +22,15 @@ static void put_random(uint8_t *bytes, size_t nbytes, uint64_t key)
     }
 }
 
+/* A random first half, and a second half that is one word again and again. */
+static void put_compressible(uint8_t *bytes, size_t nbytes, uint64_t key)
+{
+    put_random(bytes, nbytes / 2, key);
+    for (size_t i = nbytes / 2; i < nbytes; i += 8) {
+        mig_store_le64(bytes + i, key);
+    }
+}
+
 /* Always the same words of a page, so that its contents follow from the last write alone. */
 void mig_contents_put_words(const struct mig_contents *c, uint64_t page, uint64_t count,
                             uint8_t *bytes)
@@ -44,6 +53,8 @@ void mig_contents_put(const struct mig_contents *c, uint64_t page, uint64_t coun
 
     if (below == 0 && zero) {
         memset(bytes, 0, c->page_size);
+    } else if (c->fill == MIG_FILL_COMPRESSIBLE) {
+        put_compressible(bytes, c->page_size, page_key(c, page, below));
     } else {
         put_random(bytes, c->page_size, page_key(c, page, below));
     }

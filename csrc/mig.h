@@ -28,6 +28,7 @@ enum mig_error {
     MIG_E_RAM_BAD_LENGTH = -5024,   /* a coded page of more bytes than one can have */
     MIG_E_RAM_BAD_FILL = -5025,     /* a fill byte that is not 0, where that has no place */
     MIG_E_RAM_CODED = -5026,        /* a coded page, where only plain ones have a place */
+    MIG_E_RAM_BAD_ZLIB = -5027,     /* a compressed page that is corrupt, or not of a page's length */
     MIG_E_XBZRLE_TRUNCATED = -5030, /* the encoding ends within a run */
     MIG_E_XBZRLE_LENGTH = -5031,    /* a run of no bytes, or a length of three bytes */
     MIG_E_XBZRLE_PAST_PAGE = -5032, /* a run that goes past the page */
@@ -87,6 +88,12 @@ static inline size_t mig_bitmap_nwords(uint64_t nbits)
 static inline bool mig_bitmap_test(const uint64_t *words, uint64_t bit)
 {
     return words[bit / 64] >> (bit % 64) & 1;
+}
+
+/* The same of a bitmap that other threads set bits of. */
+static inline bool mig_bitmap_test_atomic(const uint64_t *words, uint64_t i)
+{
+    return __atomic_load_n(&words[i / 64], __ATOMIC_RELAXED) >> (i % 64) & 1;
 }
 
 static inline void mig_bitmap_put(uint64_t *words, uint64_t bit)
@@ -247,6 +254,7 @@ enum mig_ram_flag {
     MIG_RAM_EOS = 0x10,
     MIG_RAM_CONTINUE = 0x20,
     MIG_RAM_XBZRLE = 0x40,
+    MIG_RAM_COMPRESS = 0x100,
 };
 
 enum {
@@ -254,7 +262,14 @@ enum {
     MIG_RAM_MAX_NAME = 255,
     MIG_RAM_XBZRLE_FIELDS = 3, /* the encoding, and the length of what follows */
     MIG_RAM_XBZRLE_CODING = 1, /* the only encoding there is */
+    MIG_RAM_COMPRESS_FIELDS = 4, /* the length of what follows */
 };
+
+/* Longest zlib stream that a page can be given, as zlib's own compressBound() says. */
+static inline size_t mig_ram_compress_bound(size_t page_size)
+{
+    return page_size + (page_size >> 12) + (page_size >> 14) + (page_size >> 25) + 13;
+}
 
 /* Appends the records of pages index[first..n) of one block to `out`: ZERO where bit i of zero[]
  * is set (or the page has no storage), PAGE otherwise. `name` is given when the first record must
@@ -288,10 +303,16 @@ struct mig_ram_parser {
     uint64_t *page;   /* page index */
     int64_t *src;     /* offset of its bytes in the buffer, or -1 - fill byte */
     uint32_t *length; /* how many bytes, 0 of a fill byte */
-    uint16_t *kind;   /* its flag: MIG_RAM_PAGE, _ZERO or _XBZRLE */
+    uint16_t *kind;   /* its flag: MIG_RAM_PAGE, _ZERO, _XBZRLE or _COMPRESS */
     size_t capacity;
-    /* results of the last call: records in all, with a fill byte, with XBZRLE; bytes */
-    size_t npages, nfill, nxbzrle, consumed, need;
+    /* of its compressed pages, by their order in the burst: which record, what mig_decompress() (see
+     * compress.h) has made of them, and whether that is a page; max_packed of them at most */
+    uint32_t *packed;
+    uint8_t *unpacked;
+    int *intact;
+    size_t max_packed;
+    /* results of the last call: records in all, with a fill byte, with XBZRLE, compressed; bytes */
+    size_t npages, nfill, nxbzrle, npacked, consumed, need;
     size_t wrong; /* the record at which placing the burst stopped with an error */
     uint64_t word;
 };
@@ -328,7 +349,7 @@ size_t mig_delta_encode(struct mig_out *out, struct mig_delta *d, const struct m
 
 /* ---- what becomes of a burst (ramplace.c) ---------------------------------------------------- */
 
-/* Puts the last burst's pages where they belong and sets their bits in `received`. Zeros are not
+/* Puts the last burst's pages, inflated where they were compressed, where they belong and sets their bits in `received`. Zeros are not
  * written to a page that is zero already: that would only allocate it. `fresh` says that memory
  * whose bit is clear reads as zeros; then it is not even looked at. A difference is laid over what
  * is there. 0, or MIG_E_XBZRLE_* at record `wrong`. */
@@ -395,7 +416,7 @@ struct mig_pagelog {
     const struct mig_kernels *kernels;
 };
 
-/* Lays down the parser's last burst, updating where[] of its block. 0, -errno, or at record `wrong`
+/* Lays down the parser's last burst, inflated, updating where[] of its block. 0, -errno, or at record `wrong`
  * MIG_E_RAM_BAD_FILL or MIG_E_XBZRLE_*. */
 int mig_pagelog_put(struct mig_pagelog *log, struct mig_ram_parser *p, int64_t *where,
                     const uint8_t *buf);

@@ -52,6 +52,7 @@ enum mig_mfd_error {
     MIG_E_MFD_CUT = -5057,    /* the connection ends inside a packet */
     MIG_E_MFD_GONE = -5058,   /* a channel ended before the others came to the same SYNC */
     MIG_E_MFD_STOPPED = -5059,
+    MIG_E_MFD_FLAGS = -5060, /* flags that are no SYNC and no compression */
 };
 
 struct mig_mfd_packet {
@@ -152,7 +153,7 @@ struct mig_mfd_receiver {
     pthread_cond_t arrived, released;
     uint64_t syncs;    /* that have been released */
     uint64_t *reached; /* by each channel */
-    bool *gone;        /* channels that ended */
+    int64_t *ended;    /* offset at which each channel ended, -1 while it has not */
     bool stopped;
 
     uint64_t nbytes, nnormal, nzero;

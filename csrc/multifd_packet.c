@@ -43,6 +43,14 @@ int mig_mfd_get(struct mig_mfd_packet *p, size_t page_size, const uint8_t *in)
     p->zero = mig_load_be32(in + 32);
     memcpy(p->name, in + NAME_AT, MIG_MFD_NAME);
     p->name[MIG_MFD_NAME - 1] = 0;
+    /* what QEMU 10 calls DEVICE_STATE is followed by something else than offsets */
+    if (p->flags & ~(uint32_t)(MIG_MFD_SYNC | MIG_MFD_CODECS)) {
+        return MIG_E_MFD_FLAGS;
+    }
+    /* more room for offsets than is known of: the data would not start where they are looked for */
+    if (mig_load_be32(in + 12) > max) {
+        return MIG_E_MFD_PAGES;
+    }
     if (p->normal > max || p->zero > max - p->normal) {
         return MIG_E_MFD_PAGES;
     }

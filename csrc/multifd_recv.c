@@ -33,14 +33,17 @@ int mig_mfd_receiver_open(struct mig_mfd_receiver *r, unsigned nchannels, size_t
     r->page_size = page_size;
     r->nchannels = nchannels;
     r->reached = calloc(nchannels, sizeof(*r->reached));
-    r->gone = calloc(nchannels, sizeof(*r->gone));
+    r->ended = calloc(nchannels, sizeof(*r->ended));
+    for (unsigned i = 0; r->ended && i < nchannels; i++) {
+        r->ended[i] = -1;
+    }
     pthread_condattr_init(&clock);
     pthread_condattr_setclock(&clock, CLOCK_MONOTONIC);
     pthread_mutex_init(&r->lock, NULL);
     pthread_cond_init(&r->arrived, &clock);
     pthread_cond_init(&r->released, NULL);
     pthread_condattr_destroy(&clock);
-    return r->reached && r->gone ? 0 : MIG_E_NOMEM;
+    return r->reached && r->ended ? 0 : MIG_E_NOMEM;
 }
 
 void mig_mfd_receiver_close(struct mig_mfd_receiver *r)
@@ -51,7 +54,7 @@ void mig_mfd_receiver_close(struct mig_mfd_receiver *r)
         pthread_cond_destroy(&r->released);
     }
     free(r->reached);
-    free(r->gone);
+    free(r->ended);
     memset(r, 0, sizeof(*r));
 }
 
@@ -89,7 +92,7 @@ static int all_arrived(const struct mig_mfd_receiver *r)
     }
     for (unsigned i = 0; i < r->nchannels; i++) {
         if (r->reached[i] <= r->syncs) {
-            if (r->gone[i]) {
+            if (r->ended[i] >= 0) {
                 return MIG_E_MFD_GONE;
             }
             all = 0;
@@ -259,7 +262,8 @@ static int read_data(struct lane *l, const struct mig_mfd_block *block)
 }
 
 /* Adds the records of an adaptive packet, whose raw pages follow each other from `raw` on, or are
- * put into index[...]. */
+ * put into index[...]. They come first: a peer may name a page twice, and what comes of it is not
+ * to depend on where it goes. */
 static void add_methods(struct lane *l, const struct mig_adaptive_data *d, size_t unpacked,
                         size_t raw, uint64_t *index)
 {
@@ -268,6 +272,13 @@ static void add_methods(struct lane *l, const struct mig_adaptive_data *d, size_
     size_t page_size = l->r->page_size, delta = d->deltas, nraw = 0;
 
     for (size_t i = 0; i < p->normal; i++) {
+        if (methods[i] == MIG_METHOD_RAW && index) {
+            index[nraw++] = p->page[i];
+        } else if (methods[i] == MIG_METHOD_RAW) {
+            add(l, MIG_RAM_PAGE, p->page[i], (int64_t)(raw + nraw++ * page_size), page_size);
+        }
+    }
+    for (size_t i = 0; i < p->normal; i++) {
         if (methods[i] == MIG_METHOD_DELTA) {
             add(l, MIG_RAM_XBZRLE, p->page[i], (int64_t)delta, mig_load_be16(length));
             delta += mig_load_be16(length);
@@ -275,11 +286,6 @@ static void add_methods(struct lane *l, const struct mig_adaptive_data *d, size_
         } else if (methods[i] == MIG_METHOD_ZSTD) {
             add(l, MIG_RAM_PAGE, p->page[i], (int64_t)unpacked, page_size);
             unpacked += page_size;
-        } else if (index) {
-            index[nraw++] = p->page[i];
-        } else {
-            add(l, MIG_RAM_PAGE, p->page[i], (int64_t)raw, page_size);
-            raw += page_size;
         }
     }
 }
@@ -290,7 +296,7 @@ static int read_adaptive(struct lane *l, const struct mig_mfd_block *block)
     const struct mig_mfd_packet *p = &l->packet;
     size_t page_size = l->r->page_size, n = p->normal, head, raw;
     struct mig_adaptive_data d;
-    int rc = read_all(l, l->plain, n);
+    int rc = p->next_size < n ? MIG_E_MFD_SIZE : read_all(l, l->plain, n);
 
     if (rc == 0) {
         rc = mig_adaptive_methods(&d, l->plain, n, p->next_size, page_size);
@@ -343,16 +349,37 @@ static int take_pages(struct lane *l)
     return rc;
 }
 
-static void count(struct lane *l)
+/* Accounts for the packet. A peer that never lets us wait must not keep us from seeing the end. */
+static int count(struct lane *l)
 {
     struct mig_mfd_receiver *r = l->r;
     const struct mig_mfd_packet *p = &l->packet;
+    int rc;
 
     pthread_mutex_lock(&r->lock);
     r->nbytes += mig_mfd_packet_nbytes(r->page_size) + (p->normal ? p->next_size : 0);
     r->nnormal += p->normal;
     r->nzero += p->zero;
+    rc = state(r);
     pthread_mutex_unlock(&r->lock);
+    return rc;
+}
+
+/* The head of the next packet: its length, less where the connection ends before. The idle limit
+ * begins with its first byte: a channel may have nothing to do for long while others have. */
+static int64_t read_head(const struct lane *l, size_t nbytes)
+{
+    struct mig_fd patient = *l->fd;
+    int64_t first, more = 0;
+
+    patient.timeout_ms = -1;
+    first = mig_fd_read(&patient, l->head, 1, nbytes);
+    if (first > 0 && (size_t)first < nbytes) {
+        size_t rest = nbytes - (size_t)first;
+
+        more = mig_fd_read(l->fd, l->head + first, rest, rest);
+    }
+    return more < 0 ? more : first + more;
 }
 
 /* Packet after packet; 0 when the connection ends between two of them. */
@@ -361,7 +388,7 @@ static int work(struct lane *l, struct mig_mfd_place *place)
     size_t nbytes = mig_mfd_packet_nbytes(l->r->page_size);
 
     for (;;) {
-        int64_t n = mig_fd_read(l->fd, l->head, nbytes, nbytes);
+        int64_t n = read_head(l, nbytes);
         int rc = 0;
 
         if (n <= 0) {
@@ -377,7 +404,7 @@ static int work(struct lane *l, struct mig_mfd_place *place)
             rc = take_pages(l);
         }
         if (rc == 0) {
-            count(l);
+            rc = count(l);
             place->offset += nbytes + (l->packet.normal ? l->packet.next_size : 0);
             place->npackets++;
         }
@@ -446,7 +473,7 @@ int mig_mfd_receive_channel(struct mig_mfd_receiver *r, const struct mig_kernels
     }
     close_lane(&l);
     pthread_mutex_lock(&r->lock);
-    r->gone[id] = true;
+    r->ended[id] = (int64_t)place->offset;
     r->stopped = r->stopped || rc < 0;
     pthread_cond_broadcast(&r->arrived);
     pthread_cond_broadcast(&r->released);

@@ -44,13 +44,11 @@ int mig_mfd_sender_open(struct mig_mfd_sender *s, unsigned nchannels, size_t pag
     s->unused = calloc(s->njobs, sizeof(*s->unused));
     s->synced = calloc(nchannels, sizeof(*s->synced));
     pages = calloc(s->njobs * max_pages, sizeof(*pages));
-    if (s->jobs) {
-        s->jobs[0].page = pages;
-    }
     pthread_mutex_init(&s->lock, NULL);
     pthread_cond_init(&s->work, NULL);
     pthread_cond_init(&s->done, NULL);
     if (!s->jobs || !s->ready || !s->unused || !s->synced || !pages) {
+        free(pages);
         mig_mfd_sender_close(s);
         return MIG_E_NOMEM;
     }

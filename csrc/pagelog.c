@@ -95,13 +95,15 @@ static int put_delta(struct mig_pagelog *log, const struct mig_ram_parser *p, in
 }
 
 static int put_record(struct mig_pagelog *log, const struct mig_ram_parser *p, int64_t *where,
-                      const uint8_t *buf, size_t i)
+                      const uint8_t *buf, size_t i, size_t *packed)
 {
     uint64_t page = p->page[i];
 
     switch (p->kind[i]) {
     case MIG_RAM_PAGE:
         return put_page(log, p, where, page, buf + p->src[i]);
+    case MIG_RAM_COMPRESS:
+        return put_page(log, p, where, page, p->unpacked + (*packed)++ * log->page_size);
     case MIG_RAM_XBZRLE:
         return put_delta(log, p, where, page, buf + p->src[i], p->length[i]);
     }
@@ -118,6 +120,8 @@ static int put_record(struct mig_pagelog *log, const struct mig_ram_parser *p, i
 int mig_pagelog_put(struct mig_pagelog *log, struct mig_ram_parser *p, int64_t *where,
                     const uint8_t *buf)
 {
+    size_t packed = 0;
+
     for (size_t i = 0; i < p->npages; i++) {
         if (where[p->page[i]] > 0) {
             mig_overwrite_soon(&log->file, where[p->page[i]], log->page_size);
@@ -130,7 +134,7 @@ int mig_pagelog_put(struct mig_pagelog *log, struct mig_ram_parser *p, int64_t *
         if (run) {
             rc = put_run(log, where, buf + p->src[i], p->page + i, run);
         } else {
-            rc = put_record(log, p, where, buf, i);
+            rc = put_record(log, p, where, buf, i, &packed);
         }
         if (rc < 0) {
             p->wrong = i;

@@ -5,7 +5,8 @@
  *   +--------+--------+-----  - - -
  *   |  word  |len|name|  contents       len and name only without CONTINUE;
  *   +--------+--------+-----  - - -     PAGE: page_size bytes, ZERO: one byte,
- *   +--------+--------+-----  - - -     XBZRLE: a byte 1, be16 length, so many bytes
+ *   +--------+--------+-----  - - -     XBZRLE: a byte 1, be16 length, so many bytes,
+ *                                       COMPRESS: be32 length, so many bytes
  */
 #include "endian.h"
 #include "mig.h"
@@ -116,7 +117,7 @@ static int64_t find_block(const struct mig_ram_parser *p, const uint8_t *name, s
 static int stop_error(struct mig_ram_parser *p, int64_t block, int error)
 {
     p->current = block;
-    p->npages = p->nfill = p->nxbzrle = 0;
+    p->npages = p->nfill = p->nxbzrle = p->npacked = 0;
     return error;
 }
 
@@ -145,6 +146,15 @@ static int read_fields(const struct mig_ram_parser *p, uint64_t flags, const uin
         if (*nbytes > p->page_size) {
             return MIG_E_RAM_BAD_LENGTH;
         }
+    } else if (flags == MIG_RAM_COMPRESS) {
+        *nfields = MIG_RAM_COMPRESS_FIELDS;
+        if (left < *nfields) {
+            return MIG_RAM_STOP_OTHER;
+        }
+        *nbytes = mig_load_be32(at);
+        if (*nbytes > mig_ram_compress_bound(p->page_size)) {
+            return MIG_E_RAM_BAD_LENGTH;
+        }
     }
     return 0;
 }
@@ -169,6 +179,12 @@ static int64_t read_block(struct mig_ram_parser *p, const uint8_t *rec, size_t l
     return find_block(p, rec + MIG_RAM_WORD + 1, rec[MIG_RAM_WORD]);
 }
 
+static bool is_page(uint64_t flags)
+{
+    return flags == MIG_RAM_PAGE || flags == MIG_RAM_ZERO || flags == MIG_RAM_XBZRLE ||
+           flags == MIG_RAM_COMPRESS;
+}
+
 static void take(struct mig_ram_parser *p, uint64_t page, uint64_t flags, const uint8_t *rec,
                  size_t head, size_t nbytes)
 {
@@ -181,6 +197,9 @@ static void take(struct mig_ram_parser *p, uint64_t page, uint64_t flags, const 
     p->length[i] = fill ? 0 : (uint32_t)nbytes;
     p->nfill += fill;
     p->nxbzrle += flags == MIG_RAM_XBZRLE;
+    if (flags == MIG_RAM_COMPRESS) {
+        p->packed[p->npacked++] = (uint32_t)i;
+    }
     p->consumed += head + nbytes;
 }
 
@@ -188,7 +207,7 @@ int mig_ram_parse(struct mig_ram_parser *p, const uint8_t *buf, size_t len)
 {
     const uint64_t mask = p->page_size - 1;
 
-    p->npages = p->nfill = p->nxbzrle = p->consumed = p->need = 0;
+    p->npages = p->nfill = p->nxbzrle = p->npacked = p->consumed = p->need = 0;
     for (;;) {
         const uint8_t *rec = buf + p->consumed;
         size_t left = len - p->consumed, head, nfields, nbytes;
@@ -196,7 +215,7 @@ int mig_ram_parse(struct mig_ram_parser *p, const uint8_t *buf, size_t len)
         int64_t block;
         int rc;
 
-        if (p->npages == p->capacity) {
+        if (p->npages == p->capacity || (p->npacked && p->npacked == p->max_packed)) {
             return MIG_RAM_STOP_FULL;
         }
         if (left < MIG_RAM_WORD) {
@@ -208,7 +227,7 @@ int mig_ram_parse(struct mig_ram_parser *p, const uint8_t *buf, size_t len)
             p->consumed += MIG_RAM_WORD;
             return MIG_RAM_STOP_EOS;
         }
-        if (flags != MIG_RAM_PAGE && flags != MIG_RAM_ZERO && flags != MIG_RAM_XBZRLE) {
+        if (!is_page(flags)) {
             return MIG_RAM_STOP_OTHER;
         }
         block = read_block(p, rec, left, &head);

@@ -13,7 +13,7 @@ int mig_ram_place(const struct mig_kernels *k, struct mig_ram_parser *p,
                   const struct mig_pages *pages, uint64_t *received, bool fresh,
                   const uint8_t *buf)
 {
-    size_t page_size = pages->page_size;
+    size_t page_size = pages->page_size, packed = 0;
 
     for (size_t i = 0; i < p->npages; i++) {
         uint64_t index = p->page[i];
@@ -25,7 +25,9 @@ int mig_ram_place(const struct mig_kernels *k, struct mig_ram_parser *p,
             memcpy(page, buf + p->src[i], page_size);
         } else if (p->kind[i] == MIG_RAM_XBZRLE) {
             rc = k->xbzrle_decode(buf + p->src[i], p->length[i], page, page_size);
-        } else if (fill != 0 || !fresh || mig_bitmap_test(received, index)) {
+        } else if (p->kind[i] == MIG_RAM_COMPRESS) {
+            memcpy(page, p->unpacked + packed++ * page_size, page_size);
+        } else if (fill != 0 || !fresh || mig_bitmap_test_atomic(received, index)) {
             if (!is_filled(k, page, page_size, fill)) {
                 memset(page, fill, page_size);
             }

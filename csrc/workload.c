@@ -426,7 +426,7 @@ void mig_workload_fill(struct mig_workload *w)
     for (uint64_t page = 0; page < w->ram.npages; page++) {
         uint8_t *bytes = page_bytes(w, page);
 
-        if (w->config.fill == MIG_FILL_RANDOM) {
+        if (w->config.fill == MIG_FILL_RANDOM || w->config.fill == MIG_FILL_COMPRESSIBLE) {
             mig_contents_put(&w->contents, page, 0, bytes);
             continue;
         }
@@ -540,7 +540,8 @@ int mig_workload_open(struct mig_workload **made, const struct mig_workload_conf
 
     if (config->nworkers == 0 || config->nworkers > MIG_MAX_WORKERS || ram->where ||
         config->set_pages < config->nworkers || config->set_pages > ram->npages ||
-        config->rate >> 63 || config->pattern > MIG_PATTERN_HOT || config->fill > MIG_FILL_HALF) {
+        config->rate >> 63 || config->pattern > MIG_PATTERN_HOT ||
+        config->fill > MIG_FILL_COMPRESSIBLE) {
         return -EINVAL;
     }
     w = calloc(1, sizeof(*w));

@@ -19,11 +19,12 @@ enum mig_pattern {
     MIG_PATTERN_HOT,        /* whole pages, nine of ten in the first tenth of the working set */
 };
 
-/* What pages hold that were never written. */
+/* What pages hold that were never written; _COMPRESSIBLE: also those that were. */
 enum mig_fill {
     MIG_FILL_RANDOM,
     MIG_FILL_ZERO,
-    MIG_FILL_HALF, /* every second page is zero */
+    MIG_FILL_HALF,         /* every second page is zero */
+    MIG_FILL_COMPRESSIBLE, /* the second half of each page is one word again and again */
 };
 
 enum { MIG_MAX_WORKERS = 256, MIG_NFIRST = 8 };

@@ -9,6 +9,10 @@ The other end of a stock QEMU::
         outgoing = mig.OutgoingMigration(image, capabilities={"return-path"})
         outgoing.start("tcp:127.0.0.1:4445"); outgoing.wait()
 
+A stock QEMU runs a captured guest at once, its memory follows as it is needed::
+
+    mig.restore(image, "tcp:127.0.0.1:4445").wait()
+
 A guest of your own is a `MemoryGuest`, or any object that satisfies `SourceGuest` and
 `DestinationGuest`. A `ProcessGuest` is one to try things with: it writes its memory and checks it.
 
@@ -31,7 +35,14 @@ except ModuleNotFoundError as _error:
 
 from mig import errors, xbzrle
 from mig.dirty import DirtyLog, SharedDirtyLog, WriteTracker
-from mig.engine import Blockers, IncomingMigration, Moment, OutgoingMigration, Patient
+from mig.engine import (
+    Blockers,
+    IncomingMigration,
+    Moment,
+    OutgoingMigration,
+    Patient,
+    restore,
+)
 from mig.errors import MigError
 from mig.guest import DestinationGuest, MemoryGuest, ProcessGuest, SourceGuest, UnpluggingGuest
 from mig.image import StreamCapture, StreamImage, open_image
@@ -75,6 +86,7 @@ __all__ = [
     "errors",
     "is_zero",
     "open_image",
+    "restore",
     "xbzrle",
     "zero_pages",
 ]

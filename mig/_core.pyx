@@ -53,6 +53,7 @@ cdef dict _RAM_ERRORS = {
     MIG_E_RAM_BAD_LENGTH: "coded page of more bytes than it can have",
     MIG_E_RAM_BAD_FILL: "page filled with a byte that is not 0: only sources older than QEMU 2.0 "
                         "send these",
+    MIG_E_RAM_BAD_ZLIB: "compressed page is corrupt, or not of a page's length",
 }
 
 
@@ -84,6 +85,7 @@ include "_core_kernels.pxi"
 include "_core_bitmap.pxi"
 include "_core_pages.pxi"
 include "_core_xbzrle.pxi"
+include "_core_compress.pxi"
 include "_core_out.pxi"
 include "_core_ram.pxi"
 include "_core_received.pxi"

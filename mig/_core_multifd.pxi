@@ -5,7 +5,12 @@ cdef extern from "multifd.h" nogil:
         MIG_MFD_MAGIC
         MIG_MFD_VERSION
         MIG_MFD_INIT
+        MIG_MFD_HEADER
         MIG_MFD_NAME
+        MIG_MFD_DATA
+        MIG_MFD_SYNC
+        MIG_MFD_ZLIB
+        MIG_MFD_ZSTD
         MIG_MFD_MAX_CHANNELS
         MIG_E_MFD_STOPPED
         MIG_E_MFD_GONE
@@ -18,7 +23,7 @@ cdef extern from "multifd.h" nogil:
 
     int MIG_E_CODEC_DATA, MIG_E_CODEC_SHORT, MIG_E_CODEC_LONG
     int MIG_E_MFD_MAGIC, MIG_E_MFD_VERSION, MIG_E_MFD_PAGES, MIG_E_MFD_NAME, MIG_E_MFD_OFFSET
-    int MIG_E_MFD_SIZE, MIG_E_MFD_CODEC, MIG_E_MFD_CUT
+    int MIG_E_MFD_SIZE, MIG_E_MFD_CODEC, MIG_E_MFD_CUT, MIG_E_MFD_FLAGS
 
     enum:
         MIG_METHOD_RAW
@@ -33,6 +38,7 @@ cdef extern from "multifd.h" nogil:
         uint64_t nsame
 
     int mig_adaptive_open(mig_adaptive *a, size_t nslots, size_t page_size)
+    void mig_adaptive_zero(mig_adaptive *a, uint64_t address)
 
     struct mig_mfd_sender:
         mig_codec codec
@@ -66,6 +72,9 @@ cdef extern from "multifd.h" nogil:
         size_t nblocks
         mig_pagelog *log
         pthread_mutex_t *log_lock
+        uint64_t syncs
+        uint64_t *reached
+        int64_t *ended
         uint64_t nbytes, nnormal, nzero
 
     struct mig_mfd_place:
@@ -84,9 +93,13 @@ MULTIFD = {
     "MAGIC": MIG_MFD_MAGIC,
     "VERSION": MIG_MFD_VERSION,
     "INIT": MIG_MFD_INIT,
+    "HEADER": MIG_MFD_HEADER,
     "NAME": MIG_MFD_NAME,
+    "DATA": MIG_MFD_DATA,
     "MAX_CHANNELS": MIG_MFD_MAX_CHANNELS,
 }
+
+MULTIFD_FLAGS = {"SYNC": MIG_MFD_SYNC, "ZLIB": MIG_MFD_ZLIB, "ZSTD": MIG_MFD_ZSTD}
 
 cdef dict _CODECS = {
     "none": MIG_CODEC_NONE,
@@ -97,6 +110,7 @@ cdef dict _CODECS = {
 
 cdef dict _PACKET_ERRORS = {
     MIG_E_MFD_MAGIC: "no multifd packet starts here",
+    MIG_E_MFD_FLAGS: "multifd packet with flags that are not known here",
     MIG_E_MFD_VERSION: "multifd packet of a version other than 1",
     MIG_E_MFD_PAGES: "multifd packet with more pages than one can have",
     MIG_E_MFD_NAME: "multifd packet names a block that the block list does not have",
@@ -232,6 +246,13 @@ cdef class MultifdSender:
         self.c.adaptive.last_stage = last_stage
         self.c.adaptive.link = link
 
+    def note_zeros(self, const uint64_t[::1] index not None, uint64_t address):
+        """Pages index[...] of the block at `address` go as zero pages, but not over a channel."""
+        cdef size_t i, n = <size_t>index.shape[0]
+        with nogil:
+            for i in range(n):
+                mig_adaptive_zero(&self.c.adaptive, address + index[i] * self.page_size)
+
     @property
     def methods(self):
         """Pages that "adaptive" has sent raw, as differences, by zstd; and those unchanged."""
@@ -284,30 +305,39 @@ cdef class MultifdReceiver:
 
     parser: of the main stream; has the blocks
 
-    Each block is given to `to_memory`, or all of them to `to_log`, before the first `run`.
+    Each block is given to `to_memory` or `refuse`, or all of them to `to_log`, before the first
+    `run`.
     """
     cdef mig_mfd_receiver c
     cdef mig_mfd_block *blocks
+    cdef mig_ram_block *table  # the parser's, but for blocks that are refused
     cdef RamParser parser
     cdef unsigned nchannels
     cdef list kept
+    cdef set refused
 
     def __cinit__(self, RamParser parser not None, int nchannels, *, str compression="none"):
+        cdef size_t i
         self.parser = parser
         self.kept = []
+        self.refused = set()
         self.nchannels = check_lane_count(nchannels)
         self.blocks = <mig_mfd_block *>calloc(parser.c.nblocks or 1, sizeof(mig_mfd_block))
-        if self.blocks == NULL:
+        self.table = <mig_ram_block *>calloc(parser.c.nblocks or 1, sizeof(mig_ram_block))
+        if self.blocks == NULL or self.table == NULL:
             raise MemoryError
+        for i in range(parser.c.nblocks):
+            self.table[i] = parser.table[i]
         check(mig_mfd_receiver_open(&self.c, self.nchannels, parser.c.page_size))
         self.c.codec = _CODECS[compression]
-        self.c.ram_blocks = parser.table
+        self.c.ram_blocks = self.table
         self.c.blocks = self.blocks
         self.c.nblocks = parser.c.nblocks
 
     def __dealloc__(self):
         mig_mfd_receiver_close(&self.c)
         free(self.blocks)
+        free(self.table)
 
     def to_memory(self, size_t block, Pages pages not None, Bitmap received not None, bint fresh):
         """Put the pages of a block into memory; the arguments are those of RamParser.place()."""
@@ -322,6 +352,15 @@ cdef class MultifdReceiver:
         self.blocks[block].pages = &pages.c
         self.blocks[block].received = received.words
         self.blocks[block].fresh = fresh
+
+    def refuse(self, size_t block):
+        """Have every page of a block be an error: it is not to be sent."""
+        if block >= self.c.nblocks:
+            raise IndexError(f"block {block} of {self.c.nblocks}")
+        # no page lies inside of it then
+        self.table[block].npages = 0
+        name = self.table[block].name[:self.table[block].name_len]
+        self.refused.add((<bytes>name).decode("ascii", "backslashreplace"))
 
     def to_log(self, PageLog log not None):
         """Put all pages into a log of the same blocks."""
@@ -346,7 +385,8 @@ cdef class MultifdReceiver:
         if not 0 <= channel < <int>self.nchannels:
             raise ValueError(f"channel {channel} of {self.nchannels}")
         for i in range(self.c.nblocks):
-            if self.c.log == NULL and self.blocks[i].pages == NULL:
+            if (self.c.log == NULL and self.blocks[i].pages == NULL
+                    and self.table[i].npages):
                 raise ValueError(f"nobody takes the pages of block {i}")
         place.offset = offset
         place.npackets = 0
@@ -355,7 +395,10 @@ cdef class MultifdReceiver:
             rc = mig_mfd_receive_channel(&self.c, k, <unsigned>channel, &fd.c, &place)
         if rc in _PACKET_ERRORS:
             name = (<bytes>place.name).decode("ascii", "backslashreplace")
-            raise MultifdPacketError(_PACKET_ERRORS[rc], place.offset, name or None)
+            message = _PACKET_ERRORS[rc]
+            if name in self.refused:
+                message = f"block {name} should not be migrated"
+            raise MultifdPacketError(message, place.offset, name or None)
         check_lanes(rc)
 
     def sync(self, timeout=None):
@@ -371,6 +414,13 @@ cdef class MultifdReceiver:
     def stop(self):
         """End every wait of the channels for each other. Any thread."""
         mig_mfd_receive_stop(&self.c)
+
+    @property
+    def ended(self):
+        """By channel, the offset at which it ended before the SYNC that others are waiting at."""
+        cdef unsigned i
+        return {i: self.c.ended[i] for i in range(self.nchannels)
+                if self.c.ended[i] >= 0 and self.c.reached[i] <= self.c.syncs}
 
     @property
     def nbytes(self):

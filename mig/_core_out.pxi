@@ -117,6 +117,45 @@ cdef class OutQueue:
         cache.add(&d)
         return done
 
+    def encode_compressed(self, Compressor compressor not None, Pages pages not None, bytes name,
+                          const uint64_t[::1] index not None, size_t first=0, Bitmap zero=None, *,
+                          bint skip=False):
+        """``encode``, with the records of pages that were compressed where they are among index.
+
+        skip: leave pages out that are being compressed
+        """
+        cdef size_t n = <size_t>index.shape[0], done
+        cdef size_t name_len = 0 if name is None else <size_t>len(name)
+        cdef const char *name_ptr = NULL
+        cdef const uint64_t *zero_words = NULL
+        cdef mig_compress_counts counts
+        if first >= n:
+            return n
+        if not skip:
+            compressor.check_done()
+        if name is not None:
+            if name_len > MIG_RAM_MAX_NAME:
+                raise ValueError(f"block name of {name_len} bytes")
+            name_ptr = <const char *>name
+        if zero is not None:
+            if zero.nbits < n:
+                raise ValueError("zero has fewer bits than index has pages")
+            zero_words = zero.words
+        if pages.c.page_size != compressor.page_size:
+            raise ValueError(f"pages of {pages.c.page_size} bytes, not {compressor.page_size}")
+        if mig_compress_room(compressor.page_size) > self.c.arena_size:
+            raise ValueError(f"an arena of {self.c.arena_size} bytes has no room for a page")
+        pages.check_indexes(&index[0], n)
+        memset(&counts, 0, sizeof(counts))
+        # copies of what is small by now: the GIL is kept
+        done = mig_compress_encode(&self.c, compressor.c, &pages.c, name_ptr, name_len, &index[0],
+                                   first, n, zero_words, skip, &counts)
+        compressor.compressed += counts.compressed
+        compressor.record_bytes += counts.record_bytes
+        pages.pins += 1
+        self.refs.append(pages)
+        return done
+
     def clear(self):
         for ref in self.refs:
             if isinstance(ref, Pages):

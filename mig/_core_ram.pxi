@@ -15,34 +15,49 @@ RAM_FLAGS = {
     "EOS": MIG_RAM_EOS,
     "CONTINUE": MIG_RAM_CONTINUE,
     "XBZRLE": MIG_RAM_XBZRLE,
+    "COMPRESS_PAGE": MIG_RAM_COMPRESS,
 }
+
+
+#: bytes of compressed pages that one burst may become
+cdef size_t _INFLATED = 4 << 20
 
 
 @cython.final
 cdef class RamParser:
-    """Parses bursts of page records: PAGE, ZERO and XBZRLE.
+    """Parses bursts of page records: PAGE, ZERO, XBZRLE and COMPRESS_PAGE.
 
     blocks: (name, number of pages) in the order of their numbers
     capacity: most records of one burst
+    threads: that inflate compressed pages; they begin when the first one comes
     """
+    cdef mig_decompressor *inflating
+    cdef unsigned threads
     cdef mig_ram_parser c
     cdef mig_ram_block *table
     cdef list names
 
-    def __cinit__(self, blocks, size_t page_size, size_t capacity=4096):
+    def __cinit__(self, blocks, size_t page_size, size_t capacity=4096, *,
+                  unsigned threads=2):
         cdef size_t i
         if page_size < 64 or page_size & (page_size - 1) or page_size > 1 << 30:
             raise ValueError(f"page size {page_size} is not a power of two of at least 64")
         if capacity == 0 or capacity > 1 << 24:
             raise ValueError(f"capacity {capacity}")
+        check_threads(threads)
+        self.threads = threads
         self.names = [bytes(name) for name, _ in blocks]
         self.table = <mig_ram_block *>calloc(len(self.names) or 1, sizeof(mig_ram_block))
         self.c.page = <uint64_t *>malloc(capacity * sizeof(uint64_t))
         self.c.src = <int64_t *>malloc(capacity * sizeof(int64_t))
         self.c.length = <uint32_t *>malloc(capacity * sizeof(uint32_t))
         self.c.kind = <uint16_t *>malloc(capacity * sizeof(uint16_t))
+        self.c.max_packed = min(capacity, max(1, _INFLATED // page_size))
+        self.c.packed = <uint32_t *>malloc(self.c.max_packed * sizeof(uint32_t))
+        self.c.intact = <bint *>malloc(self.c.max_packed * sizeof(bint))
         if (self.table == NULL or self.c.page == NULL or self.c.src == NULL
-                or self.c.length == NULL or self.c.kind == NULL):
+                or self.c.length == NULL or self.c.kind == NULL
+                or self.c.packed == NULL or self.c.intact == NULL):
             raise MemoryError
         for i, (_, npages) in enumerate(blocks):
             if len(self.names[i]) > MIG_RAM_MAX_NAME:
@@ -62,6 +77,10 @@ cdef class RamParser:
         free(self.c.src)
         free(self.c.length)
         free(self.c.kind)
+        free(self.c.packed)
+        free(self.c.intact)
+        free(self.c.unpacked)
+        mig_decompressor_close(self.inflating)
 
     def parse(self, data, size_t start, size_t end):
         """Parses data[start:end] up to the next STOP_*; see the properties for the results."""
@@ -94,6 +113,11 @@ cdef class RamParser:
     def nxbzrle(self):
         """How many of the parsed pages are differences."""
         return self.c.nxbzrle
+
+    @property
+    def npacked(self):
+        """How many of the parsed pages are compressed."""
+        return self.c.npacked
 
     @property
     def consumed(self):
@@ -137,10 +161,24 @@ cdef class RamParser:
     cdef int check_record(self, int rc) except -1:
         """``check`` for what one record of a burst has led to."""
         if rc == MIG_E_RAM_CODED:
+            if self.c.kind[self.c.wrong] == MIG_RAM_COMPRESS:
+                raise RamRecordError("RAM record COMPRESS_PAGE is not supported here",
+                                     capability="compress")
             raise RamRecordError("RAM record XBZRLE is not supported here", capability="xbzrle")
         if rc in _XBZRLE_ERRORS:
             raise RamRecordError(f"XBZRLE page: {_XBZRLE_ERRORS[rc]}")
         check(rc)
+        return 0
+
+    cdef int open_inflating(self) except -1:
+        """Everything that compressed pages need is there when a burst has some."""
+        if self.c.npacked:
+            if self.c.unpacked == NULL:
+                self.c.unpacked = <uint8_t *>malloc(self.c.max_packed * self.c.page_size)
+                if self.c.unpacked == NULL:
+                    raise MemoryError
+            if self.inflating == NULL:
+                check(mig_decompressor_open(&self.inflating, self.threads))
         return 0
 
     def place(self, data, size_t start, Pages pages not None, Bitmap received not None,
@@ -159,10 +197,13 @@ cdef class RamParser:
         PyObject_GetBuffer(data, &view, PyBUF_CONTIG_RO)
         try:
             self.check_last(&view, start)
+            self.open_inflating()
             pages.pins += 1
             with nogil:
-                rc = mig_ram_place(k, &self.c, &pages.c, received.words, fresh,
-                                   <const uint8_t *>view.buf + start)
+                rc = mig_decompress(self.inflating, &self.c, <const uint8_t *>view.buf + start)
+                if rc == 0:
+                    rc = mig_ram_place(k, &self.c, &pages.c, received.words, fresh,
+                                       <const uint8_t *>view.buf + start)
             pages.pins -= 1
             self.check_record(rc)
         finally:
@@ -253,11 +294,14 @@ cdef class PageLog:
         PyObject_GetBuffer(data, &view, PyBUF_CONTIG_RO)
         try:
             source.check_last(&view, start)
+            source.open_inflating()
             with nogil:
-                pthread_mutex_lock(&self.lock)
-                rc = mig_pagelog_put(&self.c, p, self.where[p.current],
-                                     <const uint8_t *>view.buf + start)
-                pthread_mutex_unlock(&self.lock)
+                rc = mig_decompress(source.inflating, p, <const uint8_t *>view.buf + start)
+                if rc == 0:
+                    pthread_mutex_lock(&self.lock)
+                    rc = mig_pagelog_put(&self.c, p, self.where[p.current],
+                                         <const uint8_t *>view.buf + start)
+                    pthread_mutex_unlock(&self.lock)
             source.check_record(rc)
         finally:
             PyBuffer_Release(&view)

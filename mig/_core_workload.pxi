@@ -11,6 +11,7 @@ cdef extern from "workload.h" nogil:
         MIG_FILL_RANDOM
         MIG_FILL_ZERO
         MIG_FILL_HALF
+        MIG_FILL_COMPRESSIBLE
 
     enum:
         MIG_MAX_WORKERS
@@ -67,7 +68,12 @@ PATTERNS = {
     "sequential": MIG_PATTERN_SEQUENTIAL,
     "hot": MIG_PATTERN_HOT,
 }
-FILLS = {"random": MIG_FILL_RANDOM, "zero": MIG_FILL_ZERO, "half": MIG_FILL_HALF}
+FILLS = {
+    "random": MIG_FILL_RANDOM,
+    "zero": MIG_FILL_ZERO,
+    "half": MIG_FILL_HALF,
+    "compressible": MIG_FILL_COMPRESSIBLE,
+}
 # the words of a worker's state, in order
 WORKER_FIELDS = (
     "rng", "position", "writes", "ticks", "last_tick", "longest_gap", "switchover_gap", "checksum",

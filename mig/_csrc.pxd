@@ -32,6 +32,7 @@ cdef extern from "mig.h" nogil:
         MIG_E_RAM_BAD_LENGTH
         MIG_E_RAM_BAD_FILL
         MIG_E_RAM_CODED
+        MIG_E_RAM_BAD_ZLIB
         MIG_E_XBZRLE_TRUNCATED
         MIG_E_XBZRLE_LENGTH
         MIG_E_XBZRLE_PAST_PAGE
@@ -144,6 +145,7 @@ cdef extern from "mig.h" nogil:
         MIG_RAM_EOS
         MIG_RAM_CONTINUE
         MIG_RAM_XBZRLE
+        MIG_RAM_COMPRESS
         MIG_RAM_MAX_NAME
         MIG_RAM_STOP_MORE
         MIG_RAM_STOP_FULL
@@ -170,9 +172,14 @@ cdef extern from "mig.h" nogil:
         uint32_t *length
         uint16_t *kind
         size_t capacity
+        uint32_t *packed
+        uint8_t *unpacked
+        bint *intact
+        size_t max_packed
         size_t npages
         size_t nfill
         size_t nxbzrle
+        size_t npacked
         size_t consumed
         size_t need
         size_t wrong

@@ -73,7 +73,7 @@ class RamBlock:
         if fd is not None:
             buffer = self._mapping = _map_file(idstr, fd, used_length, host_page_size)
         elif buffer is None:
-            buffer = self._mapping = _map_anonymous(used_length)
+            buffer = self._mapping = _map_anonymous(idstr, used_length)
         self._view = memoryview(buffer)
         self._buffer = buffer
         if self._view.nbytes != used_length:
@@ -137,9 +137,13 @@ class RamBlock:
             self._mapping.close()
 
 
-def _map_anonymous(nbytes: int) -> mmap.mmap:
+def _map_anonymous(idstr: str, nbytes: int) -> mmap.mmap:
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
-    mapping = mmap.mmap(-1, nbytes, flags=flags)
+    try:
+        mapping = mmap.mmap(-1, nbytes, flags=flags)
+    except OSError as error:
+        reason = f"block '{idstr}' of {nbytes} bytes: {error.strerror}"
+        raise OSError(error.errno, reason) from error
     # As QEMU does for its RAM: first touch of small pages is what loading would wait for.
     with contextlib.suppress(OSError):
         mapping.madvise(mmap.MADV_HUGEPAGE)

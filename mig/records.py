@@ -6,6 +6,7 @@ Octet diagrams: docs/wire.md.
 from __future__ import annotations
 
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from uuid import UUID
 
@@ -195,6 +196,31 @@ class Command:
         """Return a PING, which is answered by a PONG of the same value."""
         return cls(CommandType.PING, struct.pack(">I", value))
 
+    @classmethod
+    def postcopy_advise(cls, page_sizes: int, page_size: int) -> Command:
+        """Return what announces postcopy.
+
+        page_sizes: of all blocks' host pages, or-ed; page_size: of the target; all in bytes
+        """
+        return cls(CommandType.POSTCOPY_ADVISE, struct.pack(">QQ", page_sizes, page_size))
+
+    @classmethod
+    def discard(cls, idstr: str, ranges: Sequence[tuple[int, int]]) -> Command:
+        """Return what has parts of a block dropped: (offset, length) in bytes, 12 at most."""
+        head = bytes([wire.DISCARD_VERSION]) + counted(idstr) + b"\0"
+        body = b"".join(struct.pack(">QQ", start, length) for start, length in ranges)
+        return cls(CommandType.POSTCOPY_RAM_DISCARD, head + body)
+
+    @classmethod
+    def packaged(cls, nbytes: int) -> Command:
+        """Return what announces ``nbytes`` bytes of nested stream, which follow it."""
+        return cls(CommandType.PACKAGED, struct.pack(">I", nbytes))
+
+    @classmethod
+    def recv_bitmap(cls, idstr: str) -> Command:
+        """Return what asks for the bitmap of the pages of a block that were received."""
+        return cls(CommandType.RECV_BITMAP, counted(idstr))
+
     @property
     def value(self) -> int:
         """The be32 that PING and PACKAGED carry."""
@@ -241,6 +267,30 @@ class ReturnMessage:
         return cls(ReturnType.PONG, struct.pack(">I", value))
 
     @property
+    def pages(self) -> tuple[str | None, int, int]:
+        """What REQ_PAGES_ID and REQ_PAGES ask for: block (None: as before), offset and length.
+
+        ValueError when there is no name where one is announced.
+        """
+        if len(self.data) < 12:
+            raise ValueError(f"only {len(self.data)} bytes")
+        start, length = struct.unpack_from(">QI", self.data)
+        if self.type == ReturnType.REQ_PAGES:
+            return None, start, length
+        return self._name(12), start, length
+
+    @property
+    def block(self) -> str:
+        """The block whose RECV_BITMAP follows; ValueError when none is named."""
+        return self._name(0)
+
+    def _name(self, at: int) -> str:
+        name = self.data[at + 1 :]
+        if len(self.data) <= at or len(name) != self.data[at] or not name:
+            raise ValueError(f"{self.type.name} does not name a block")
+        return name.decode("ascii")
+
+    @property
     def value(self) -> int:
         """The be32 that SHUT, PONG and RESUME_ACK carry."""
         value: int = struct.unpack(">I", self.data)[0]
@@ -270,10 +320,10 @@ class BlockInfo:
 
     counted idstr, be64 used_length (bytes), [be64 host_page_size], [be64 address]
 
-    address: where it stands in guest-physical memory, in a stream with x-ignore-shared; None in
-             any other
     host_page_size: bytes of the pages it is made of where these are not the host's, in a stream
              with postcopy-ram; else None
+    address: where it stands in guest-physical memory, in a stream with x-ignore-shared; None in
+             any other
     """
 
     idstr: str

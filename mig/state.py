@@ -76,6 +76,8 @@ Table = Mapping[tuple[Status, Input], Status]
 #: the beginning, and a broken connection is no failure: half of the guest is on either side.
 OUTGOING: Final[Table] = {
     (Status.NONE, Input.START): Status.SETUP,
+    # another process has begun
+    (Status.NONE, Input.RECOVER): Status.POSTCOPY_RECOVER_SETUP,
     (Status.SETUP, Input.CONNECTED): Status.ACTIVE,
     (Status.SETUP, Input.UNPLUG): Status.WAIT_UNPLUG,
     (Status.WAIT_UNPLUG, Input.UNPLUGGED): Status.ACTIVE,
@@ -101,6 +103,10 @@ OUTGOING: Final[Table] = {
     (Status.PRE_SWITCHOVER, Input.FAIL): Status.FAILED,
     (Status.DEVICE, Input.FAIL): Status.FAILED,
     (Status.POSTCOPY_ACTIVE, Input.FAIL): Status.FAILED,
+    # only where the owner gives the guest up
+    (Status.POSTCOPY_PAUSED, Input.FAIL): Status.FAILED,
+    (Status.POSTCOPY_RECOVER_SETUP, Input.FAIL): Status.FAILED,
+    (Status.POSTCOPY_RECOVER, Input.FAIL): Status.FAILED,
     (Status.SETUP, Input.CANCEL): Status.CANCELLING,
     (Status.WAIT_UNPLUG, Input.CANCEL): Status.CANCELLING,
     (Status.ACTIVE, Input.CANCEL): Status.CANCELLING,

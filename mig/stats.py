@@ -21,23 +21,26 @@ class RamCounters:
     normal:  PAGE records
     fill:    ZERO records (QEMU's ``duplicate``)
     xbzrle:  XBZRLE records
+    packed:  COMPRESS_PAGE records
     """
 
     total: int = 0
     normal: int = 0
     fill: int = 0
     xbzrle: int = 0
+    packed: int = 0
 
     @property
     def records(self) -> int:
         """Records of pages, of every kind."""
-        return self.normal + self.fill + self.xbzrle
+        return self.normal + self.fill + self.xbzrle + self.packed
 
-    def add(self, npages: int, nfill: int, nxbzrle: int = 0) -> None:
-        """Count ``npages`` records, ``nfill`` of them ZERO and ``nxbzrle`` XBZRLE."""
-        self.normal += npages - nfill - nxbzrle
+    def add(self, npages: int, nfill: int, nxbzrle: int = 0, npacked: int = 0) -> None:
+        """Count ``npages`` records, of which so many are ZERO, XBZRLE and COMPRESS_PAGE."""
+        self.normal += npages - nfill - nxbzrle - npacked
         self.fill += nfill
         self.xbzrle += nxbzrle
+        self.packed += npacked
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,6 +149,36 @@ class XbzrleStats:
 
 
 @dataclass(frozen=True, slots=True)
+class CompressionStats:
+    """Statistics of compression threads (CompressionStats of QEMU 7.2).
+
+    pages:            pages sent compressed
+    busy:             pages sent as they are, since no thread was free
+    busy_rate:        their share of the pages sent lately
+    compressed_size:  bytes of the records of compressed pages, without their words
+    compression_rate: bytes of pages for each of these bytes, lately
+
+    Lately: as for XbzrleStats.
+    """
+
+    pages: int
+    busy: int
+    busy_rate: float
+    compressed_size: int
+    compression_rate: float
+
+    def to_qmp(self) -> dict[str, Any]:
+        """Return QEMU's dict."""
+        return {
+            "pages": self.pages,
+            "busy": self.busy,
+            "busy-rate": self.busy_rate,
+            "compressed-size": self.compressed_size,
+            "compression-rate": self.compression_rate,
+        }
+
+
+@dataclass(frozen=True, slots=True)
 class AdaptiveStats:
     """How pages went with multifd-compression adaptive, in pages (QEMU has no such thing).
 
@@ -216,6 +249,7 @@ class MigrationInfo:
     expected_downtime:       seconds that the guest would stand still if it stopped now
     cpu_throttle_percentage: of the time is taken from the guest, None when nothing is
     xbzrle_cache:            statistics of XBZRLE, None when it is off
+    compression:             statistics of compression threads, None when there are none
     adaptive:                how pages went, None unless multifd-compression is adaptive
     vfio_transferred:        bytes of VFIO devices, None when there are none
     blocked_reasons:         why the guest cannot be migrated
@@ -236,6 +270,7 @@ class MigrationInfo:
     expected_downtime: float | None = None
     cpu_throttle_percentage: int | None = None
     xbzrle_cache: XbzrleStats | None = None
+    compression: CompressionStats | None = None
     adaptive: AdaptiveStats | None = None
     vfio_transferred: int | None = None
     blocked_reasons: tuple[str, ...] = ()
@@ -276,6 +311,7 @@ class MigrationInfo:
             "expected-downtime": None if moved else _ms(self.expected_downtime),
             "ram": self._ram(),
             "xbzrle-cache": self.xbzrle_cache.to_qmp() if self.xbzrle_cache else None,
+            "compression": self.compression.to_qmp() if self.compression else None,
             "vfio": None if vfio is None else {"transferred": vfio},
             "cpu-throttle-percentage": self.cpu_throttle_percentage,
             "dirty-limit-throttle-time-per-round": _us(throttle),

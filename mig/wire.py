@@ -20,6 +20,10 @@ MULTIFD_MAGIC: Final = 0x11223344
 MULTIFD_VERSION: Final = 1
 #: bytes of the packet that introduces a channel (MultiFDInit_t)
 MULTIFD_INIT: Final = 64
+#: bytes of a packet before its offsets (MultiFDPacket_t)
+MULTIFD_HEADER: Final = 320
+#: bytes of the pages of a packet, at most (MULTIFD_PACKET_SIZE)
+MULTIFD_DATA: Final = 512 << 10
 
 
 class SectionType(IntEnum):
@@ -92,15 +96,14 @@ RETURN_LENGTH: Final[dict[ReturnType, int | None]] = {
     ReturnType.SWITCHOVER_ACK: 0,
 }
 
-#: value of the PING that a source sends before RAM; later ones are for postcopy
+#: values of the PINGs that a source sends: before RAM; before the package of a postcopy, in it, and
+#: behind it
 PING_SETUP: Final = 1
+PING_PACKAGE: Final = 2
+PING_RUN: Final = 3
+PING_POSTCOPY: Final = 4
 #: what a destination says unasked, since QEMU 11.1, when it has loaded the package of a postcopy
 PONG_LOADED: Final = 0x42
-
-#: first byte of POSTCOPY_RAM_DISCARD
-DISCARD_VERSION: Final = 0
-#: be64 behind a bitmap of what was received, by which the source sees that it has all of it
-RECV_BITMAP_END: Final = 0x0123456789ABCDEF
 
 
 #: PING of a source of mig's that asks whether the destination is one of mig's, too, and takes
@@ -121,6 +124,14 @@ class RamFlag(IntFlag):
     HOOK = 0x80
     COMPRESS_PAGE = 0x100
     MULTIFD_FLUSH = 0x200
+
+
+class MultifdFlag(IntFlag):
+    """Flags of a multifd packet (MULTIFD_FLAG_*)."""
+
+    SYNC = 1
+    ZLIB = 1 << 1
+    ZSTD = 2 << 1
 
 
 #: idstr and version of the RAM section
@@ -157,3 +168,11 @@ MAX_DEVICE_STATE: Final = 1 << 30
 MAX_PACKAGE: Final = MAX_DEVICE_STATE
 #: longest return-path message (QEMU reads them into 512 bytes)
 MAX_RETURN_MESSAGE: Final = 512
+#: most ranges in one POSTCOPY_RAM_DISCARD (MAX_DISCARDS_PER_COMMAND)
+MAX_DISCARD_RANGES: Final = 12
+#: version of that command (postcopy_ram_discard_version)
+DISCARD_VERSION: Final = 0
+#: what follows a bitmap on the return path (RAMBLOCK_RECV_BITMAP_ENDING)
+RECV_BITMAP_END: Final = 0x0123456789ABCDEF
+#: RESUME_ACK of a destination that is ready for the rest (MIGRATION_RESUME_ACK_VALUE)
+RESUME_ACK_READY: Final = 1

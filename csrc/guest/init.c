@@ -14,12 +14,13 @@
  *   migmib=N         MiB to fill and check (default 32)
  *   migmode=MODE     idle (read only, the default) or dirty
  *   migdirtykib=N    KiB rewritten each second in dirty mode (default 1024)
- *   migpattern=NAME  random (default), sparse or delta
+ *   migpattern=NAME  random (default), sparse, delta or compressible
  *
  * random: nothing to compress, no zero pages.
  * sparse: zero pages, pages with one word set, repetitive and random pages;
  *         a page changes kind with each generation.
  * delta:  random, but one generation differs from the next in a few words.
+ * compressible: the first half of a page is random, the second one repeats a word.
  */
 
 typedef unsigned long u64;
@@ -57,7 +58,7 @@ enum { PAGE_BYTES = 4096, PAGE_WORDS = PAGE_BYTES / 8, PAGES_PER_MIB = 256 };
 
 enum { REPORTS_AT_MOST = 8 };
 
-enum pattern { PATTERN_RANDOM, PATTERN_SPARSE, PATTERN_DELTA };
+enum pattern { PATTERN_RANDOM, PATTERN_SPARSE, PATTERN_DELTA, PATTERN_COMPRESSIBLE };
 
 struct timespec {
     i64 sec;
@@ -191,7 +192,7 @@ static void sleep_until(u64 when)
 
 /* ---- page contents ---- */
 
-enum kind { KIND_RANDOM, KIND_ZERO, KIND_ONE_WORD, KIND_REPEATED, KIND_DELTA };
+enum kind { KIND_RANDOM, KIND_ZERO, KIND_ONE_WORD, KIND_REPEATED, KIND_DELTA, KIND_HALF };
 
 struct contents {
     enum kind kind;
@@ -219,6 +220,8 @@ static struct contents contents_of(enum pattern pattern, u64 page, u64 generatio
 
     if (pattern == PATTERN_DELTA) {
         contents.kind = KIND_DELTA;
+    } else if (pattern == PATTERN_COMPRESSIBLE) {
+        contents.kind = KIND_HALF;
     } else if (pattern == PATTERN_SPARSE) {
         static const enum kind kinds[] = {KIND_ZERO, KIND_ONE_WORD, KIND_RANDOM, KIND_REPEATED};
 
@@ -234,6 +237,12 @@ static inline u64 scramble(u64 value)
     return value ^ (value >> 32);
 }
 
+/* As the process guest has it: a codec takes as long for the one as for the other. */
+static inline u64 half_random(u64 key, u64 index)
+{
+    return index < PAGE_WORDS / 2 ? mix(key + index * 0x9e3779b97f4a7c15UL) : key;
+}
+
 static inline u64 word_of(const struct contents *contents, u64 index)
 {
     switch (contents->kind) {
@@ -245,6 +254,8 @@ static inline u64 word_of(const struct contents *contents, u64 index)
         return contents->key;
     case KIND_DELTA:
         return scramble((index % 64 ? contents->old_key : contents->key) + index);
+    case KIND_HALF:
+        return half_random(contents->key, index);
     default:
         return scramble(contents->key + index);
     }
@@ -485,7 +496,7 @@ static void fill(struct guest *guest)
 __attribute__((noreturn, used)) void start(u64 *stack)
 {
     static const char *const modes[] = {"idle", "dirty", 0};
-    static const char *const patterns[] = {"random", "sparse", "delta", 0};
+    static const char *const patterns[] = {"random", "sparse", "delta", "compressible", 0};
     static struct guest guest;
     struct line line = {0};
     /* The stack holds argc, the arguments, a null pointer, then the environment. */

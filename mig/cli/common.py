@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import signal
@@ -23,9 +24,11 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
+from mig.engine import OutgoingMigration
 from mig.engine.migration import Migration
 from mig.errors import MigError, OptionError, StateError
 from mig.options import Capability
+from mig.state import Status
 from mig.stats import MigrationInfo
 
 P = ParamSpec("P")
@@ -109,7 +112,8 @@ def say(text: str) -> None:
 def cancelled_by_signals(migration: Migration) -> Iterator[None]:
     """SIGINT and SIGTERM cancel the migration instead of killing the process midway.
 
-    In postcopy, where half of the guest would be lost, only the second one ends the process.
+    In postcopy a source is given up: the destination is then paused until somebody resumes it. A
+    destination would lose half of the guest: only the second signal ends its process.
     """
     warned = False
 
@@ -118,6 +122,11 @@ def cancelled_by_signals(migration: Migration) -> Iterator[None]:
         try:
             migration.cancel()
         except StateError as error:
+            if isinstance(migration, OutgoingMigration):
+                # it may have ended meanwhile
+                with contextlib.suppress(StateError):
+                    migration.abandon()
+                return
             if warned:
                 raise
             warned = True
@@ -139,8 +148,15 @@ def follow(migration: Migration) -> MigrationInfo:
         else:
             # in slices only so that Python runs the signal handlers
             while not migration.wait(1.0):
-                pass
+                _look_at_breaks(migration)
     return migration.query()
+
+
+def _look_at_breaks(migration: Migration) -> None:
+    """A command does not wait for another URI: who resumes it gives one."""
+    if isinstance(migration, OutgoingMigration) and migration.status == Status.POSTCOPY_PAUSED:
+        with contextlib.suppress(StateError):
+            migration.abandon()
 
 
 def _show_progress(migration: Migration) -> None:
@@ -156,6 +172,7 @@ def _show_progress(migration: Migration) -> None:
         done = False
         while not done:
             done = migration.wait(0.1)
+            _look_at_breaks(migration)
             info = migration.query()
             ram = info.ram
             moved = (ram.normal + ram.duplicate) * ram.page_size

@@ -27,6 +27,7 @@ from mig.cli.common import (
 from mig.demo.guests import GUESTS, LOGS, Options, best_log
 from mig.demo.job import Demo, DemoReport
 from mig.engine import OutgoingMigration, Patient
+from mig.errors import KvmUnavailableError
 from mig.options import kinds
 from mig.stats import MigrationInfo
 from mig.wire import DEFAULT_PAGE_BITS
@@ -113,7 +114,7 @@ def demo(
     """Move a running guest live to another process, and check that all of it arrived.
 
     The guest writes its memory, and checks what it wrote; it goes on until the switchover, and then
-    in the other process. In the end all that it writes is checked in both.
+    in the other process. In the end all of its memory is checked in both.
 
     Capability return-path is on, and parameter max-bandwidth 0 (no limit), unless given.
     """
@@ -143,6 +144,8 @@ def demo(
         )
     except ValueError as error:
         raise click.UsageError(str(error)) from error
+    except KvmUnavailableError as error:
+        raise KvmUnavailableError(f"{error} (--guest process needs no KVM)") from error
     report = job.run()
     if as_json:
         print_json(_as_dict(report))
@@ -184,11 +187,19 @@ def _table(info: MigrationInfo) -> Table:
         "dirty rate": f"{sized(dirty)}/s",
         "throughput": f"{sized(ram.bandwidth or 0)}/s",
         "expected downtime": "?" if expected is None else f"{expected * 1000:.0f} ms",
-        "throttle": f"{info.cpu_throttle_percentage or 0} %",
+        "throttle": _throttle(info),
     }
     for name, value in rows.items():
         table.add_row(name, value)
     return table
+
+
+def _throttle(info: MigrationInfo) -> str:
+    """How far the guest is slowed down, by auto-converge or by dirty-limit."""
+    per_round = info.dirty_limit_throttle_time_per_round
+    if per_round is None:
+        return f"{info.cpu_throttle_percentage or 0} %"
+    return f"{_milliseconds(per_round)} for each dirty ring of a vCPU"
 
 
 def _milliseconds(seconds: float | None) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping
 from contextlib import closing, suppress
 from typing import Any
 
@@ -20,14 +21,14 @@ def _say(**what: Any) -> None:
     print(json.dumps(what), flush=True)
 
 
-def main(uri: str, options: Options) -> None:
-    """Receive the guest at ``uri`` and let it run."""
+def main(uri: str, options: Options, how: Mapping[str, Any]) -> None:
+    """Receive the guest at ``uri`` and let it run; how: arguments of IncomingMigration."""
     with closing(make_show(options)) as show:
         # a destination that waits to be migrated to can have its memory ready
         with suppress(OSError):
             for block in show.guest.memory:
                 block.populate()
-        incoming = IncomingMigration(show.guest)
+        incoming = IncomingMigration(show.guest, **how)
         incoming.listen(uri)
         _say(uri=incoming.uri)
         try:
@@ -42,4 +43,4 @@ def main(uri: str, options: Options) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Options.from_json(sys.argv[2]))
+    main(sys.argv[1], Options.from_json(sys.argv[2]), json.loads(sys.argv[3]))

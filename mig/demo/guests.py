@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -11,6 +12,7 @@ from mig.dirty import DirtyLog, WriteTracker
 from mig.errors import DirtyLogError
 from mig.guest import KvmGuest, MemoryGuest, ProcessGuest
 from mig.memory import GuestMemory
+from mig.zero import zero_pages
 
 GUESTS = ("process", "kvm")
 #: dirty logs of the process guest
@@ -69,8 +71,9 @@ class Show(Protocol):
     def verify(self) -> dict[str, Any]:
         """Check all of its memory, whether it runs or stands still; return what there is to say.
 
-        ok, npages (checked), corrupt (a list of words), ticks (how far it has come), switchover_gap
-        (seconds between its last tick at the source and its first one here, None: not known)
+        ok, npages (checked), corrupt (a list of words), ticks (how far it has come), rest (a digest
+        of what it does not write and cannot check, None: there is nothing), switchover_gap (seconds
+        between its last tick at the source and its first one here, None: not known)
         """
 
     def close(self) -> None:
@@ -107,6 +110,7 @@ class ProcessShow:
             "corrupt": corrupt,
             "ticks": report.ticks,
             "writes": report.writes,
+            "rest": None,
             "switchover_gap": report.switchover_gap,
         }
 
@@ -144,12 +148,26 @@ class KvmShow:
             self.guest.resume()
         return {
             "ok": not corrupt,
-            "npages": sum(vcpu.end - vcpu.first for vcpu in progress),
+            "npages": max(vcpu.end for vcpu in progress),
             "corrupt": corrupt,
             "ticks": written,
             "writes": written,
-            "switchover_gap": None,
+            "rest": self._digest(min(vcpu.first for vcpu in progress)),
+            "switchover_gap": self.guest.switchover_gap,
         }
+
+    def _digest(self, npages: int) -> str:
+        """Of the pages before those that are written: the program, and what it leaves alone."""
+        (block,) = self.guest.memory
+        size = block.pages.page_size
+        with block.view[: npages * size] as memory:
+            # most of them are zero, and to find these is much faster
+            pages, _ = zero_pages(memory, size)
+            digest = hashlib.sha256(pages.to_wire())
+            pages.complement()
+            for page in pages.indexes():
+                digest.update(memory[int(page) * size : (int(page) + 1) * size])
+        return digest.hexdigest()
 
     def close(self) -> None:
         """End the vCPUs."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import select
 import subprocess
 import sys
 import tempfile
@@ -15,13 +16,18 @@ from typing import Any
 
 from mig.demo.guests import Options, make_show
 from mig.engine import OutgoingMigration, PolicyMaker
-from mig.errors import MigError
+from mig.errors import ChannelError, MigError, PeerError
+from mig.events import Event, StatusChanged
+from mig.options import INCOMING_CAPABILITIES
+from mig.state import Status
 from mig.stats import MigrationInfo
 
 #: seconds that the guest runs before it moves, and after
 SETTLE = 0.5
 #: seconds between two looks at the migration
 LOOK = 0.1
+#: seconds in which a destination that failed may say why
+_LAST_WORDS = 2.0
 
 
 class DemoError(MigError):
@@ -29,11 +35,12 @@ class DemoError(MigError):
 
 
 class _Destination:
-    """The process at the other end."""
+    """The process at the other end; how: arguments of its IncomingMigration."""
 
-    def __init__(self, uri: str, options: Options) -> None:
+    def __init__(self, uri: str, options: Options, how: Mapping[str, object]) -> None:
         # -P: the package that this is, not one in the folder where somebody happens to stand
         command = [sys.executable, "-P", "-m", "mig.demo.destination", uri, options.to_json()]
+        command.append(json.dumps(how))
         self._process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
@@ -55,6 +62,16 @@ class _Destination:
         if "error" in said:
             raise MigError(said["error"])
         return said if name is None else said[name]
+
+    def why(self) -> str | None:
+        """Return its error, None when it has none to tell."""
+        assert self._process.stdout is not None
+        if select.select([self._process.stdout], [], [], _LAST_WORDS)[0]:
+            try:
+                self.hear()
+            except MigError as error:
+                return str(error)
+        return None
 
     def verify(self) -> dict[str, Any]:
         """Have the guest check itself there; return its report."""
@@ -106,7 +123,8 @@ class DemoReport:
 class Demo:
     """Moves a running guest from this process to another one.
 
-    capabilities, parameters, policy: of the outgoing migration
+    capabilities, parameters, policy: of the outgoing migration; the destination gets those that it
+    needs, too. With pause-before-switchover the migration goes on at once.
     on_start: the migration runs inside the context that it returns
     on_look:  told how it stands ten times a second
 
@@ -124,10 +142,16 @@ class Demo:
         policy: PolicyMaker | None = None,
     ) -> None:
         self._options = options
+        agreed = {name: on for name, on in capabilities.items() if name in INCOMING_CAPABILITIES}
+        self._how = {"capabilities": agreed, "parameters": dict(parameters)}
         self._show = make_show(options)
         try:
             self._outgoing = OutgoingMigration(
-                self._show.guest, capabilities=capabilities, parameters=parameters, policy=policy
+                self._show.guest,
+                capabilities=capabilities,
+                parameters=parameters,
+                policy=policy,
+                on_event=self._go_on,
             )
         except BaseException:
             self._show.close()
@@ -140,19 +164,24 @@ class Demo:
         with contextlib.closing(self._show) as show, self._destination() as destination:
             show.start()
             time.sleep(SETTLE)
-            self._migrate(destination.uri)
+            try:
+                self._migrate(destination.uri)
+            except (PeerError, ChannelError) as error:
+                if why := destination.why():
+                    raise DemoError(f"{error}; the destination says: {why}") from error
+                raise
             destination.hear("status")
             source = show.verify()
             time.sleep(SETTLE)
             info = self._outgoing.query()
             report = DemoReport(self._options, info, source, destination.verify())
-        _check(report)
+        check(report)
         return report
 
     @contextlib.contextmanager
     def _destination(self) -> Iterator[_Destination]:
         with tempfile.TemporaryDirectory(prefix="mig-demo-") as folder:
-            destination = _Destination(f"unix:{Path(folder, 'socket')}", self._options)
+            destination = _Destination(f"unix:{Path(folder, 'socket')}", self._options, self._how)
             try:
                 yield destination
             except BaseException:
@@ -160,6 +189,10 @@ class Demo:
                 raise
             finally:
                 destination.close()
+
+    def _go_on(self, event: Event) -> None:
+        if isinstance(event, StatusChanged) and event.status == Status.PRE_SWITCHOVER:
+            self._outgoing.migrate_continue()
 
     def _migrate(self, uri: str) -> None:
         with self._on_start(self._outgoing):
@@ -174,9 +207,12 @@ class Demo:
                 raise
 
 
-def _check(report: DemoReport) -> None:
+def check(report: DemoReport) -> None:
+    """DemoError when anything of the guest is wrong."""
     for where, said in (("source", report.source), ("destination", report.destination)):
         if not said["ok"]:
             raise DemoError(f"the guest is corrupt at the {where}: {'; '.join(said['corrupt'])}")
+    if report.destination["rest"] != report.source["rest"]:
+        raise DemoError("memory that the guest does not write is not the same at either end")
     if report.destination["ticks"] <= report.source["ticks"]:
         raise DemoError("the guest does not tick at the destination")

@@ -4,6 +4,7 @@ from mig.engine.blockers import Blockers, Moment
 from mig.engine.convergence import Convergence, ConvergencePolicy, Patient, Period, PolicyMaker
 from mig.engine.incoming import IncomingMigration
 from mig.engine.outgoing import OutgoingMigration
+from mig.engine.restore import restore
 
 __all__ = [
     "Blockers",
@@ -15,4 +16,5 @@ __all__ = [
     "Patient",
     "Period",
     "PolicyMaker",
+    "restore",
 ]

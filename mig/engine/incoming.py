@@ -115,7 +115,7 @@ class IncomingMigration(Migration):
         if Capability.MULTIFD in self.capabilities:
             require_many_connections(uri)
             if not isinstance(self._guest, LaneTarget):
-                raise OptionError("Multifd is not supported by this guest (it has no open_lanes)")
+                raise OptionError("Multifd is not supported by this guest (it is no LaneTarget)")
         if Capability.POSTCOPY_RAM in self.capabilities:
             self._require_postcopy(uri)
         self._listener = Listener(uri)
@@ -171,6 +171,9 @@ class IncomingMigration(Migration):
                 self._watch_for_more_connections()
         with self._lock:
             self._channel = channel
+            if self._error is not None:
+                # a channel failed before there was a connection to interrupt
+                raise self._error
         self._move(Input.CONNECTED)
         self._mark("connected")
         return reader
@@ -183,9 +186,12 @@ class IncomingMigration(Migration):
             parameters.multifd_channels,
             str(parameters.multifd_compression),
             parameters.timeout,
+            self._guest.uuid,
             self._lane_failed,
         )
-        connections = Connections(listener, parameters.timeout, self._lanes.serve)
+        connections = Connections(
+            listener, parameters.timeout, self._lanes.serve, self._lane_failed
+        )
         with self._lock:
             self._connections = connections
         return connections.main(self._cancel)
@@ -209,6 +215,7 @@ class IncomingMigration(Migration):
             "on_command": self._on_command,
             "counters": self._counters,
             "page_size": self._page_size,
+            "decompress_threads": self.parameters.decompress_threads,
             "lanes": self._lanes,
             "capabilities": self.capabilities,
         }

@@ -45,6 +45,7 @@ class Migration(ABC):
         self._done = threading.Event()
         # made by _launch(): a migration that never starts holds nothing
         self._cancel: Cancel
+        self._first: Status
         self._wake: Wake
         self._thread: threading.Thread | None = None
         self._error: MigError | None = None
@@ -139,13 +140,13 @@ class Migration(ABC):
 
     # ---- for the subclasses -----------------------------------------------------------------
 
-    def _launch(self) -> None:
+    def _launch(self, begin: Input = Input.START) -> None:
         with self._lock, contextlib.ExitStack() as undo:
             self._cancel = Cancel()
             undo.callback(self._cancel.close)
             self._wake = Wake()
             undo.callback(self._wake.close)
-            self._machine.feed(Input.START)
+            self._first = self._machine.feed(begin)
             undo.callback(self._machine.reset)
             self._mark("start")
             self._thread = threading.Thread(target=self._main, name=self.thread_name, daemon=True)
@@ -207,7 +208,7 @@ class Migration(ABC):
         with self._lock:
             if not self._setup_said:
                 self._setup_said = True
-                self._emit(StatusChanged(Status.SETUP))
+                self._emit(StatusChanged(self._first))
 
     def _mark(self, moment: str) -> None:
         self._clock[moment] = time.monotonic()

@@ -11,19 +11,19 @@ from typing import ClassVar
 
 from mig.channel import (
     Channel,
-    carries_return_path,
-    connect,
-    parse_uri,
-    require_many_connections,
 )
 from mig.dirty import DirtyLog
+from mig.engine.agreement import agree_to_adapt
 from mig.engine.blockers import Blockers, Moment, Notifier
 from mig.engine.convergence import Convergence, ConvergencePolicy, Period, PolicyMaker
 from mig.engine.dirtylimit import DirtyLimit
-from mig.engine.migration import Migration
+from mig.engine.encoding import Encoding, adapts
+from mig.engine.outcheck import check_outgoing, uses_return_path
 from mig.engine.outlanes import OutgoingLanes, open_lanes
+from mig.engine.postcopysource import PostcopySource
 from mig.engine.precopy import Precopy
 from mig.engine.rate import RateLimit
+from mig.engine.requests import PageRequests
 from mig.engine.returnpath import ReturnPath
 from mig.engine.unplug import Unplugging
 from mig.errors import (
@@ -32,35 +32,30 @@ from mig.errors import (
     IdleTimeoutError,
     MigError,
     OptionError,
-    PeerError,
 )
 from mig.events import Event, PassStarted
 from mig.guest import SourceGuest, UnpluggingGuest
-from mig.multifd.dialect import dialect_of
-from mig.multifd.encode import MultifdEncoder
 from mig.options import (
     OUTGOING_CAPABILITIES,
     Capability,
     MigMode,
-    MultiFDCompression,
     Options,
-    ZeroPageDetection,
 )
-from mig.ram.delta import DeltaEncoder
-from mig.ram.encode import PageEncoder, PlainEncoder, RecordWriter, ZeroFinder
+from mig.postcopy.source import advise, discards, package
+from mig.ram.encode import PageEncoder
 from mig.ram.save import RamSaver
 from mig.ram.search import PageSearch, SourceBlock
 from mig.records import Command, FileHeader
 from mig.state import OUTGOING, Input, Status, Table
 from mig.stats import MigrationInfo, RamStats
 from mig.stream.writer import StreamWriter
-from mig.wire import ADAPTIVE_READY, PING_ADAPTIVE, PING_SETUP, CommandType
+from mig.wire import PING_SETUP, CommandType
 
 #: seconds in which a destination that has everything may still confirm when it is cancelled
 _LAST_CALL = 2.0
 
 
-class OutgoingMigration(Migration):
+class OutgoingMigration(PostcopySource):
     """Sends a guest; matches the source side of QEMU's precopy.
 
     capabilities: names that are on, or a mapping of names to on/off
@@ -91,15 +86,11 @@ class OutgoingMigration(Migration):
         notifiers: Sequence[Notifier] = (),
         on_event: Callable[[Event], None] | None = None,
     ) -> None:
-        super().__init__(Options.choose(capabilities, parameters, self.supported), on_event)
-        self._guest = guest
+        options = Options.choose(capabilities, parameters, self.supported)
+        super().__init__(guest, options, on_event)
         self._policy = self._choose_policy(Convergence if policy is None else policy)
         self._blockers = blockers or Blockers()
         self._notifiers = tuple(notifiers)
-        self._uri = ""
-        self._channel: Channel | None = None
-        self._return_path: ReturnPath | None = None
-        self._writer: StreamWriter | None = None
         self._pinned: list[SourceBlock] = []
         self._search: PageSearch | None = None
         self._log: DirtyLog | None = None
@@ -114,6 +105,7 @@ class OutgoingMigration(Migration):
         self._all_said = False
         self._last_call: threading.Timer | None = None
         self._running_bytes: int | None = None
+        self._encoding: Encoding | None = None
 
     def _choose_policy(self, policy: ConvergencePolicy | PolicyMaker) -> ConvergencePolicy:
         if not callable(policy):
@@ -121,42 +113,32 @@ class OutgoingMigration(Migration):
         auto_converge = Capability.AUTO_CONVERGE in self.capabilities
         return policy(lambda: self.parameters, auto_converge=auto_converge)
 
-    def start(self, uri: str) -> None:
+    def start(self, uri: str, *, resume: bool = False) -> None:
         """Begin to migrate to ``uri``; returns at once.
+
+        resume: the destination is in status postcopy-paused: another process had sent it the same
+                guest (which must not have run since), and this one sends what is missing
 
         UriError when it cannot be read, OptionError when it cannot do what a capability needs,
         BlockedError when something stands against it.
         """
-        if Capability.MULTIFD in self.capabilities:
-            require_many_connections(uri)
-            if self._adapts and Capability.RETURN_PATH not in self.capabilities:
-                raise OptionError("multifd-compression adaptive needs capability 'return-path'")
-        able = carries_return_path(parse_uri(uri))
-        if Capability.RETURN_PATH in self.capabilities and not able:
-            raise OptionError(f"capability 'return-path' is not possible over {uri}")
+        check_outgoing(uri, self.capabilities, self.parameters, self._guest)
+        if resume and Capability.POSTCOPY_RAM not in self.capabilities:
+            raise OptionError("a migration that is resumed needs capability 'postcopy-ram'")
         self._require_status(Status.NONE, Input.START)
-        configuration = self._guest.configuration
-        if Capability.VALIDATE_UUID in self.capabilities and not (
-            configuration and configuration.uuid
-        ):
-            raise OptionError("capability 'validate-uuid' needs a guest that has a UUID")
         if Capability.DIRTY_LIMIT in self.capabilities:
             self._dirty_limit = DirtyLimit.of(
                 self._guest, lambda: self.parameters, self._peer_failed
             )
-        needed = configuration.capabilities if configuration else None
-        if Capability.X_IGNORE_SHARED in (needed or ()) and not self._ignores_shared:
-            raise OptionError(
-                "capability 'x-ignore-shared' must be on: the guest is in a stream that was sent "
-                "with it, which may lack shared memory"
-            )
-        self._uri = uri
+        self._uri, self._resumes = uri, resume
         # the mode that is asked about is the one it has: from here on it cannot change
         with self._lock:
             self._blockers.begin(self.parameters.mode)
+            self._handed_over = 0 if resume else None
             try:
-                self._launch()
+                self._launch(Input.RECOVER if resume else Input.START)
             except BaseException:
+                self._handed_over = None
                 self._blockers.end()
                 raise
 
@@ -165,6 +147,13 @@ class OutgoingMigration(Migration):
         self._require_status(Status.PRE_SWITCHOVER, Input.SWITCHOVER)
         self._go_on.set()
 
+    def set_parameters(self, values: Mapping[str, object]) -> None:
+        """As every migration's; the XBZRLE cache may not become smaller than a page, either."""
+        with self._lock:
+            if self._encoding is not None:
+                self._encoding.check(self.parameters.read(values)[0])
+            super().set_parameters(values)
+
     def query(self) -> MigrationInfo:
         """Return a snapshot of status and statistics."""
         info = replace(
@@ -172,6 +161,8 @@ class OutgoingMigration(Migration):
         )
         if self._dirty_limit is not None:
             info = self._dirty_limit.report(info)
+        if self.status == Status.POSTCOPY_PAUSED and self._break is not None:
+            info = replace(info, error=str(self._break))
         precopy, saver = self._precopy, self._saver
         if precopy is None or saver is None:
             return info
@@ -198,9 +189,38 @@ class OutgoingMigration(Migration):
     # ---- phases -----------------------------------------------------------------------------
 
     def _run(self) -> None:
+        if self._resumes:
+            if self._guest.running:
+                # it runs, or will run, at the destination
+                self._stop_guest()
+            search, _ = self._prepare_search()
+            # no block list is sent
+            self._counters.total = sum(block.used_length for block in search.blocks)
+            self._postcopy(search).run(None)
+            return
         channel = self._connect()
         writer = self._writer = StreamWriter(channel)
         self._notify(Moment.SETUP)
+        search, encoding = self._prepare_search()
+        self._send_start(channel, writer)
+        encoder = self._choose_encoder(writer, search, encoding)
+        saver = self._saver = self._make_saver(writer, encoder)
+        saver.start()
+        self._become_active()
+        precopy = self._precopy = self._prepare_precopy(search, saver)
+        precopy.run()
+        self._switch_over()
+        precopy.sync(guest_runs=False)
+        self._notify(Moment.COMPLETE)
+        if self._guest.switchover_start:
+            writer.put(Command(CommandType.SWITCHOVER_START).encode())
+        if self._wants_postcopy:
+            self._go_on_in_postcopy(writer, search)
+        else:
+            self._complete(writer, saver)
+            self._confirm(channel)
+
+    def _prepare_search(self) -> tuple[PageSearch, Encoding]:
         self._begin_unplug()
         if self.parameters.mode == MigMode.CPR_REBOOT:
             self._stop_guest()
@@ -209,42 +229,37 @@ class OutgoingMigration(Migration):
             block.pages.pin()
             self._pinned.append(block)
         self._start_dirty_log()
-        search = self._search = PageSearch(blocks, self._log, ignore_shared=self._ignores_shared)
-        self._send_start(channel, writer)
-        encoder = self._make_encoder(writer, search)
-        saver = RamSaver(writer, search, encoder, self._guest.ram_section_id, self._counters)
-        self._saver = saver
-        saver.footers = self._guest.footers
-        saver.start()
-        self._become_active()
-        precopy = self._precopy = self._prepare_precopy(search, saver)
-        precopy.run()
-        self._switch_over()
-        self._complete(writer, saver, precopy)
-        self._confirm(channel)
-
-    def _make_encoder(self, writer: StreamWriter, search: PageSearch) -> PageEncoder:
-        records, zeros = RecordWriter(writer), ZeroFinder(self._detects_zero)
-        if Capability.MULTIFD in self.capabilities and search.listed:
-            return self._open_lanes(search, records, zeros)
-        plain = PlainEncoder(records, zeros, self._counters)
-        if Capability.XBZRLE not in self.capabilities:
-            return plain
-        return DeltaEncoder(
-            plain,
-            records,
-            zeros,
+        if Capability.POSTCOPY_RAM in self.capabilities and self._log is None:
+            # a page that was never sent is asked for like any other
+            for block in blocks:
+                block.dirty.set(0, block.pages.npages)
+        search = PageSearch(blocks, self._log, ignore_shared=self._ignores_shared)
+        self._search = search
+        self._requests = PageRequests(search, self._wake)
+        encoding = self._encoding = Encoding(
             search,
             self._counters,
-            cache_size=lambda: self.parameters.xbzrle_cache_size,
-            last_stage=lambda: self._stopped,
+            self.capabilities,
+            lambda: self.parameters,
+            lambda: self._stopped,
         )
+        return search, encoding
 
-    def _open_lanes(
-        self, search: PageSearch, records: RecordWriter, zeros: ZeroFinder
-    ) -> MultifdEncoder:
-        if self._adapts:
-            self._agree_to_adapt(records.writer)
+    def _make_saver(self, writer: StreamWriter, encoder: PageEncoder) -> RamSaver:
+        assert self._search is not None
+        saver = RamSaver(writer, self._search, encoder, self._guest.ram_section_id, self._counters)
+        saver.footers = self._guest.footers
+        saver.names_host_pages = Capability.POSTCOPY_RAM in self.capabilities
+        return saver
+
+    def _choose_encoder(
+        self, writer: StreamWriter, search: PageSearch, encoding: Encoding
+    ) -> PageEncoder:
+        if Capability.MULTIFD not in self.capabilities or not search.listed:
+            return encoding.main_stream(writer)
+        if adapts(self.parameters):
+            assert self._return_path is not None
+            agree_to_adapt(writer, self._return_path, self.parameters.timeout)
         configuration = self._guest.configuration
         lanes = open_lanes(
             self._uri,
@@ -258,34 +273,8 @@ class OutgoingMigration(Migration):
         with self._lock:
             self._lanes = lanes
         lanes.start()
-        return MultifdEncoder(
-            lanes,
-            records,
-            zeros,
-            self._counters,
-            dialect_of(configuration.machine if configuration else None),
-            lambda: self.parameters.zero_page_detection,
-            search.listed,
-            adaptive=self._adapts,
-            last_stage=lambda: self._stopped,
-            bandwidth=lambda: self.parameters.max_bandwidth / self.parameters.multifd_channels,
-        )
-
-    @property
-    def _adapts(self) -> bool:
-        return self.parameters.multifd_compression == MultiFDCompression.ADAPTIVE
-
-    def _agree_to_adapt(self, writer: StreamWriter) -> None:
-        """Ask, in a way that every QEMU answers without harm, whether mig is at the other end."""
-        assert self._return_path is not None
-        writer.put(Command.ping(PING_ADAPTIVE).encode())
-        writer.flush()
-        self._return_path.wait_pong(PING_ADAPTIVE, self.parameters.timeout)
-        if ADAPTIVE_READY not in self._return_path.pongs:
-            raise PeerError(
-                "the destination does not take multifd-compression adaptive: it must be mig, with "
-                "the same parameter"
-            )
+        machine = configuration.machine if configuration else None
+        return encoding.multifd(writer, lanes, machine)
 
     def _period_over(self, period: Period, guest_runs: bool) -> None:
         if self._saver is not None:
@@ -297,17 +286,31 @@ class OutgoingMigration(Migration):
     def _ignores_shared(self) -> bool:
         return Capability.X_IGNORE_SHARED in self.capabilities
 
-    def _detects_zero(self) -> bool:
-        return self.parameters.zero_page_detection != ZeroPageDetection.NONE
+    # ---- precopy ----------------------------------------------------------------------------
 
-    def _connect(self) -> Channel:
-        channel = connect(self._uri, self._cancel, self.parameters.timeout)
+    def _go_on_in_postcopy(self, writer: StreamWriter, search: PageSearch) -> None:
+        assert self._return_path is not None
+        for command in discards(search):
+            writer.put(command)
+        devices = package(self._guest.save_devices())
+        writer.flush()
         with self._lock:
-            self._channel = channel
-            if self.status == Status.CANCELLING:
-                # who cancelled has not seen the channel
-                raise CancelledError("cancelled")
-        return channel
+            if self._error is not None:
+                raise self._error
+            # whatever happens from here on, the guest may run at the destination
+            self._handed_over = writer.offset
+            try:
+                self._move(Input.POSTCOPY)
+            except BaseException:
+                self._handed_over = None
+                raise
+        self._mark("handed over")
+        self._postcopy(search).run((writer, self._return_path), devices)
+
+    def _postcopy_saver(self, writer: StreamWriter) -> RamSaver:
+        assert self._encoding is not None
+        saver = self._saver = self._make_saver(writer, self._encoding.plain(writer))
+        return saver
 
     def _begin_unplug(self) -> None:
         guest = self._guest
@@ -339,11 +342,12 @@ class OutgoingMigration(Migration):
                 configuration = replace(configuration, uuid=None)
             agreed = (str(Capability.X_IGNORE_SHARED),) if self._ignores_shared else None
             writer.put(replace(configuration, capabilities=agreed).encode())
-        if Capability.RETURN_PATH in self.capabilities:
-            self._return_path = ReturnPath(channel, self._peer_failed)
-            self._return_path.start()
+        if uses_return_path(self.capabilities):
+            self._open_return_path(channel)
             writer.put(Command(CommandType.OPEN_RETURN_PATH).encode())
             writer.put(Command.ping(PING_SETUP).encode())
+        if Capability.POSTCOPY_RAM in self.capabilities and self._search is not None:
+            writer.put(advise(self._search))
         # a destination looks at this before it looks at channels that connect
         writer.flush()
 
@@ -358,6 +362,7 @@ class OutgoingMigration(Migration):
             notify=self._notify,
             on_period=self._period_over,
             on_pass=lambda number: self._emit(PassStarted(number)),
+            leave_now=lambda: self._wants_postcopy,
             sleep=self._sleep,
         )
 
@@ -388,11 +393,7 @@ class OutgoingMigration(Migration):
                 raise self._error
         self._move(Input.SWITCHOVER)
 
-    def _complete(self, writer: StreamWriter, saver: RamSaver, precopy: Precopy) -> None:
-        precopy.sync(guest_runs=False)
-        self._notify(Moment.COMPLETE)
-        if self._guest.switchover_start:
-            writer.put(Command(CommandType.SWITCHOVER_START).encode())
+    def _complete(self, writer: StreamWriter, saver: RamSaver) -> None:
         saver.end()
         if self._lanes is not None:
             self._lanes.finish()
@@ -425,9 +426,9 @@ class OutgoingMigration(Migration):
                 stack.callback(notifier, Moment.CLEANUP)
             if self._unplugging is not None:
                 stack.callback(self._unplugging.close)
-                if failed:
+                if failed and self._handed_over is None:
                     stack.callback(self._unplugging.undo)
-            if failed and self._stopped and self._was_running:
+            if failed and self._stopped and self._was_running and self._handed_over is None:
                 stack.callback(self._guest.resume)
             if self._precopy is not None and self._precopy.throttle:
                 stack.callback(self._guest.throttle, 0)
@@ -438,7 +439,7 @@ class OutgoingMigration(Migration):
             for block in self._pinned:
                 stack.callback(block.pages.unpin)
             stack.callback(self._close_channel)
-            if failed and self._return_path is not None:
+            if failed and self._return_path is not None and self._handed_over is None:
                 stack.callback(self._prefer_peer_error, self._return_path)
 
     def _ending(self) -> contextlib.AbstractContextManager[None]:
@@ -479,8 +480,12 @@ class OutgoingMigration(Migration):
                     self._error = said
 
     def _peer_failed(self, error: MigError) -> None:
-        """Called by the return path's thread: the first error is set before the channel ends."""
-        self._fail(error)
+        """Called by another thread: the first error is set before the channel ends."""
+        with self._lock:
+            if self._handed_over is not None:
+                # nothing that went wrong before matters to a guest that lives elsewhere
+                return
+            self._fail(error)
         self._interrupt()
 
     def _lane_failed(self, error: MigError) -> None:
@@ -520,9 +525,10 @@ class OutgoingMigration(Migration):
     def _ram_stats(self) -> RamStats:
         search, counters, precopy = self._search, self._counters, self._precopy
         beside = self._saver.nbytes_beside if self._saver else 0
-        transferred = beside + (self._writer.offset if self._writer else 0)
+        transferred = beside + self._sent_before + (self._writer.offset if self._writer else 0)
         page_size = search.listed[0].pages.page_size if search and search.listed else 0
         running = transferred if self._running_bytes is None else self._running_bytes
+        standing = transferred if self._handed_over is None else self._handed_over
         stats = RamStats(
             transferred=transferred,
             remaining=search.remaining if search else 0,
@@ -532,7 +538,9 @@ class OutgoingMigration(Migration):
             page_size=page_size,
             dirty_sync_count=precopy.passes if precopy else 0,
             precopy_bytes=running,
-            downtime_bytes=transferred - running,
+            downtime_bytes=standing - running,
+            postcopy_bytes=transferred - standing,
+            postcopy_requests=self._requests.total if self._requests is not None else 0,
             multifd_bytes=beside,
             dirty_sync_missed_zero_copy=self._lanes.copied if self._lanes else 0,
         )

@@ -9,7 +9,8 @@ from collections.abc import Callable, Sequence
 from mig import _core
 from mig.channel import Channel, connect
 from mig.channel.open import Cancel
-from mig.errors import CancelledError, MigError, as_mig_error
+from mig.engine.inlanes import named
+from mig.errors import CancelledError, MigError
 from mig.options import MultiFDCompression, Parameters
 from mig.pages import PageIndex
 from mig.ram.search import SourceBlock
@@ -34,6 +35,9 @@ class OutgoingLanes:
     ) -> None:
         self._sender = sender
         self._channels = tuple(channels)
+        # a channel that is closed must not be cancelled: its descriptors may be somebody else's
+        self._lock = threading.Lock()
+        self._closed = False
         self._on_error = on_error
         self._error: MigError | None = None
         self._failed = threading.Event()
@@ -70,7 +74,7 @@ class OutgoingLanes:
         except (_core.MultifdStoppedError, CancelledError):
             pass  # somebody else knows why
         except Exception as error:
-            self._error = as_mig_error(error)
+            self._error = named(error, number)
             self._failed.set()
             self._on_error(self._error)
 
@@ -82,6 +86,10 @@ class OutgoingLanes:
     def adapt(self, *, generation: int, caching: bool, last_stage: bool, link: float) -> None:
         """Say what compression adaptive chooses by; see MultifdSender.adapt()."""
         self._sender.adapt(generation=generation, caching=caching, last_stage=last_stage, link=link)
+
+    def note_zeros(self, index: PageIndex, *, address: int) -> None:
+        """Say that pages go as zero pages, over the main stream."""
+        self._sender.note_zeros(index, address)
 
     def send(self, block: SourceBlock, index: PageIndex, *, scan: bool, address: int) -> None:
         """Queue pages; they are read later, until the next sync."""
@@ -115,16 +123,20 @@ class OutgoingLanes:
         """End every wait. Any thread."""
         self._failed.set()
         self._sender.stop()
-        for channel in self._channels:
-            channel.cancel()
+        with self._lock:
+            if not self._closed:
+                for channel in self._channels:
+                    channel.cancel()
 
     def close(self) -> None:
         """Wait for the threads, which have been told to finish or are cut off, and let go."""
         for thread in self._threads:
             if thread.ident is not None:
                 thread.join()
-        for channel in self._channels:
-            channel.close()
+        with self._lock:
+            self._closed = True
+            for channel in self._channels:
+                channel.close()
 
 
 def open_lanes(

@@ -24,6 +24,7 @@ class Precopy:
     policy:    says when the guest may be stopped, and how far it is slowed down
     throttle:  slows the guest down to a percentage of its time
     may_leave: whether the destination agrees to the switchover
+    leave_now: whether the owner wants the switchover whatever is left (postcopy)
     notify:    told of each sync of the bitmap
     on_period: told of each period of a second or more that a sync ends, and whether the guest runs
     on_pass:   told the number of each pass over dirty memory, before it begins
@@ -39,6 +40,7 @@ class Precopy:
         *,
         throttle: Callable[[int], None],
         may_leave: Callable[[], bool],
+        leave_now: Callable[[], bool],
         notify: Callable[[Moment], None],
         on_period: Callable[[Period, bool], None],
         on_pass: Callable[[int], None],
@@ -50,6 +52,7 @@ class Precopy:
         self._policy = policy
         self._throttle_guest = throttle
         self._may_leave = may_leave
+        self._leave_now = leave_now
         self._notify = notify
         self._on_period = on_period
         self._on_pass = on_pass
@@ -82,7 +85,7 @@ class Precopy:
     def run(self) -> None:
         """Return when what is left may be sent while the guest stands still."""
         self._begin_pass()
-        while not self._may_stop_guest():
+        while not (self._leave_now() or self._may_stop_guest()):
             self._send_slice()
 
     def sync(self, *, guest_runs: bool = True) -> None:

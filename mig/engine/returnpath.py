@@ -6,10 +6,11 @@ import threading
 from collections.abc import Callable
 
 from mig.channel import Channel
+from mig.engine.requests import PageRequests
 from mig.errors import ChannelError, MigError, PeerError, TruncatedError
 from mig.records import ReturnMessage
 from mig.stream.reader import StreamReader
-from mig.wire import ReturnType
+from mig.wire import RECV_BITMAP_END, RESUME_ACK_READY, ReturnType
 
 #: different values of PONGs that are remembered
 _MOST_PONGS = 64
@@ -20,11 +21,18 @@ class ReturnPath:
 
     on_failure: told once, by the reading thread, when the destination reports failure or leaves
     before its SHUT
+    requests: what the destination waits for is put into, None outside of postcopy
     """
 
-    def __init__(self, channel: Channel, on_failure: Callable[[MigError], None]) -> None:
+    def __init__(
+        self,
+        channel: Channel,
+        on_failure: Callable[[MigError], None],
+        requests: PageRequests | None = None,
+    ) -> None:
         self._channel = channel
         self._on_failure = on_failure
+        self._requests = requests
         self._ended = threading.Event()
         #: set before the last bytes are written: an earlier SHUT cannot be true
         self.may_confirm = False
@@ -32,7 +40,15 @@ class ReturnPath:
         self.acked = False
         #: values of PONGs so far
         self.pongs: set[int] = set()
-        self._ponged = threading.Condition()
+        #: bitmaps of received pages so far, little-endian, by block; a resumed postcopy has them
+        self.bitmaps: dict[str, bytes] = {}
+        #: blocks whose bitmaps were asked for and have not come
+        self.awaited: set[str] = set()
+        #: set before the destination is asked whether it is ready for the rest of a postcopy
+        self.may_resume = False
+        #: whether it is
+        self.resumed = False
+        self._news = threading.Condition()
         self.error: MigError | None = None
         self._thread = threading.Thread(target=self._run, name="mig-return-path", daemon=True)
 
@@ -70,30 +86,65 @@ class ReturnPath:
                 self.acked = True
             elif message.type == ReturnType.PONG:
                 self._note_pong(message.value)
-            else:
+            elif self._requests is None:
                 raise reader.error(f"{message.type.name} outside of postcopy")
+            else:
+                self._take(message, reader, self._requests)
+
+    def _take(self, message: ReturnMessage, reader: StreamReader, requests: PageRequests) -> None:
+        try:
+            if message.type in (ReturnType.REQ_PAGES, ReturnType.REQ_PAGES_ID):
+                requests.add(*message.pages)
+            elif message.type == ReturnType.RECV_BITMAP:
+                self._take_bitmap(message.block, reader, requests)
+            elif message.value != RESUME_ACK_READY:
+                raise reader.error(f"RESUME_ACK of {message.value}")
+            elif not self.may_resume or self.resumed:
+                raise reader.error("RESUME_ACK that nobody asked for")
+            else:
+                with self._news:
+                    self.resumed = True
+                    self._news.notify_all()
+        except (ValueError, UnicodeDecodeError) as error:
+            raise reader.error(f"return-path message {message.type.name}: {error}") from error
+
+    def _take_bitmap(self, idstr: str, reader: StreamReader, requests: PageRequests) -> None:
+        """Be64 size, so many bytes, and a mark; matches ram_dirty_bitmap_reload()."""
+        if idstr not in self.awaited:
+            raise reader.error(f"a bitmap of block '{idstr}', which was not asked for")
+        at, nbytes = reader.offset, reader.u64("the size of a bitmap")
+        if nbytes != requests.bitmap_nbytes(idstr):
+            raise reader.error(f"a bitmap of {nbytes} bytes for block '{idstr}'", offset=at)
+        data = reader.read(nbytes, "a bitmap")
+        if reader.u64("the end of a bitmap") != RECV_BITMAP_END:
+            raise reader.error(f"the bitmap of block '{idstr}' has no end mark", offset=at)
+        with self._news:
+            self.bitmaps[idstr] = data
+            self.awaited.discard(idstr)
+            self._news.notify_all()
 
     def _end(self) -> None:
-        with self._ponged:
+        with self._news:
             self._ended.set()
-            self._ponged.notify_all()
+            self._news.notify_all()
 
     def _note_pong(self, value: int) -> None:
-        with self._ponged:
+        with self._news:
             # a destination may make values up
             if len(self.pongs) < _MOST_PONGS:
                 self.pongs.add(value)
-            self._ponged.notify_all()
+            self._news.notify_all()
 
-    def wait_pong(self, value: int, timeout: float | None) -> None:
-        """Wait until the destination has answered PING ``value``; PeerError when it does not."""
-        with self._ponged:
-            came = self._ponged.wait_for(
-                lambda: value in self.pongs or self._ended.is_set(), timeout
-            )
+    def wait_until(self, came: Callable[[], bool], timeout: float | None) -> None:
+        """Wait for something in `pongs`, `bitmaps` or `resumed`; PeerError when it does not come.
+
+        timeout: seconds, None for ever
+        """
+        with self._news:
+            self._news.wait_for(lambda: came() or self._ended.is_set(), timeout)
         if self.error is not None:
             raise self.error
-        if not came or value not in self.pongs:
+        if not came():
             raise PeerError(f"the destination did not answer within {timeout} s")
 
     def wait_shut(self, timeout: float | None) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from typing import Protocol, runtime_checkable
+from uuid import UUID
 
 from mig import _core
 from mig.dirty import DirtyLog
@@ -167,10 +168,15 @@ class PostcopyTarget(Protocol):
 class LaneTarget(Protocol):
     """What a DestinationGuest needs besides for capability multifd."""
 
+    @property
+    def uuid(self) -> UUID | None:
+        """Which machine it is, if it knows."""
+
     def open_lanes(
         self, receiver: _core.MultifdReceiver, parser: _core.RamParser, section_id: int
     ) -> None:
-        """Say where the pages of each block go: `to_memory` or `to_log`. Follows open_blocks().
+        """Say where the pages of each block go: `to_memory`, `to_log` or, for blocks that are not
+        to be sent, `refuse`. Follows open_blocks().
 
         section_id: of `ram`
         """

@@ -14,6 +14,7 @@ from mig import _core
 from mig.dirty.kvm import CHUNK_PAGES, KvmDirtyLog, KvmDirtyRing, choose_log
 from mig.errors import KvmError, KvmUnavailableError, MigError, MismatchError
 from mig.guest.base import VcpuThrottle
+from mig.guest.clock import decode_moment, encode_moment
 from mig.guest.kvmstate import IDSTR, PARTS, VERSION, decode_state, encode_state
 from mig.guest.memory import MemoryGuest
 from mig.memory import GuestMemory
@@ -21,6 +22,8 @@ from mig.records import BlockInfo, Configuration
 from mig.savevm.devices import DeviceState
 
 MACHINE = "mig-kvm"
+# idstr of the section that says when the vCPUs were stopped
+_MOMENT = "kvm-stopped-at"
 
 _PROBE_BYTES = 1 << 20
 _PROBE_PASSES = 3
@@ -167,11 +170,18 @@ class KvmGuest(MemoryGuest):
             raise
         self._running = False
         self._incomplete = False  # a stream is being loaded, or its load was given up
+        # of time.monotonic(): when it was asked to stop here, and where it comes from
+        self._asked_at = 0.0
+        self._stopped_at: float | None = None
+        #: seconds that it stood still when it was migrated, as the vCPUs saw it; None: it was not,
+        #: or comes from another boot, or has not run since
+        self.switchover_gap: float | None = None
         self._ring = _RingVcpus(vm, ring_entries) if kind == "ring" else None
         #: identities of the vCPUs
         self.vcpus: Sequence[int] = range(vcpus)
         for index in self.vcpus:
             self._register(index)
+        self.devices.register(_MOMENT, save=self._save_moment, load=self._load_moment)
 
     def boot(
         self, *, working_set: int | None = None, key: int | None = None, pace: int = 0
@@ -208,6 +218,14 @@ class KvmGuest(MemoryGuest):
         if self._incomplete:
             raise MigError("this guest is loaded in part only: it can be loaded again, or booted")
         super().resume()
+        if self._stopped_at is not None:
+            self.switchover_gap = time.monotonic() - self._stopped_at
+            self._stopped_at = None
+
+    def stop(self) -> None:
+        """Return when no vCPU runs."""
+        self._asked_at = time.monotonic()
+        super().stop()
 
     def vcpu_throttle(self) -> VcpuThrottle | None:
         """Return what dirty-limit needs, None without dirty rings."""
@@ -347,6 +365,15 @@ class KvmGuest(MemoryGuest):
     def _save(self, index: int) -> bytes:
         found = ((part, self._vm.get_state(index, part.name)) for part in PARTS)
         return encode_state((part, data) for part, data in found if data is not None)
+
+    def _save_moment(self) -> bytes:
+        return encode_moment(self._asked_at)
+
+    def _load_moment(self, payload: bytes, version_id: int) -> None:
+        try:
+            self._stopped_at = decode_moment(payload)
+        except ValueError as error:
+            raise MismatchError(str(error), section=_MOMENT) from error
 
     def _load(self, index: int, payload: bytes) -> None:
         state = decode_state(payload)

@@ -126,6 +126,11 @@ class MemoryGuest:
 
     # ---- destination ------------------------------------------------------------------------
 
+    @property
+    def uuid(self) -> UUID | None:
+        """Which machine it is, if it knows."""
+        return self._uuid
+
     def configure(self, configuration: Configuration | None) -> None:
         """MismatchError unless machine type, and UUID if both have one, are this guest's."""
         self._faults = None
@@ -203,9 +208,12 @@ class MemoryGuest:
     def open_lanes(
         self, receiver: _core.MultifdReceiver, parser: _core.RamParser, section_id: int
     ) -> None:
-        """Have the channels put pages straight into memory."""
+        """Have the channels put pages straight into memory, but for memory that is shared."""
         for number, (pages, received, fresh) in enumerate(self._loading):
-            receiver.to_memory(number, pages, received, fresh)
+            if number in self._ignored:
+                receiver.refuse(number)
+            else:
+                receiver.to_memory(number, pages, received, fresh)
 
     def ram_started(self, section_id: int, footers: bool) -> None:
         """Nothing to note."""

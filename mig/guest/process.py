@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import struct
-import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
@@ -15,6 +13,7 @@ from numpy.typing import NDArray
 from mig import _core
 from mig.dirty import DirtyLog, SharedDirtyLog
 from mig.errors import MigError, MismatchError
+from mig.guest import clock
 from mig.guest.base import VcpuThrottle
 from mig.guest.memory import MemoryGuest
 from mig.memory import GuestMemory
@@ -30,8 +29,6 @@ _DEVICE = "workers"
 _ENTRY = 8  # bytes of the ledger for each page
 _ROUND_PAGES = 4096  # nothing is taken off a worker: as many as KVM guests' rings have
 _FIELD = {name: column for column, name in enumerate(_core.WORKER_FIELDS)}
-_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
-_NO_BOOT = bytes(16)
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,7 +196,8 @@ class ProcessGuest(MemoryGuest):
                  writes in the first tenth of the working set
     working_set: the part of `ram` that is written: a share (float) or bytes (int)
     fill:        what pages hold before they are first written: 'random', 'zero', or 'half': every
-                 second page is zero
+                 second page is zero; 'compressible': the second half of each page repeats a word,
+                 also after it was written
     seed:        of all that is random
     dirty:       'marked': the workers mark what they write; or what makes a log for the memory
 
@@ -368,7 +366,7 @@ class ProcessGuest(MemoryGuest):
 
     def _save_workers(self) -> bytes:
         """Configuration and boot id, then each worker's words, big-endian."""
-        return self._load.encode(_boot_id()) + self._existing().state().astype(">u8").tobytes()
+        return self._load.encode(clock.boot_id()) + self._existing().state().astype(">u8").tobytes()
 
     def _load_workers(self, payload: bytes, version_id: int) -> None:
         if self._workload is not None:
@@ -379,7 +377,7 @@ class ProcessGuest(MemoryGuest):
                 raise ValueError(f"{load.npages} pages of {load.page_size} bytes are not its own")
             words = np.frombuffer(payload[_Load.FORMAT.size :], dtype=">u8")
             state = words.astype(np.uint64).reshape(load.workers, len(_FIELD))
-            if boot_id == _NO_BOOT or boot_id != _boot_id():
+            if boot_id == clock.NO_BOOT or boot_id != clock.boot_id():
                 # times of another clock
                 state[:, _FIELD["last_tick"]] = 0
             self._workload = self._make_workload(load)
@@ -443,11 +441,3 @@ def _working_set(working_set: float, npages: int, page_size: int) -> int:
 def _check_rate(rate: int) -> None:
     if not 0 <= rate < 1 << 63:
         raise ValueError(f"a rate of {rate} bytes per second")
-
-
-def _boot_id() -> bytes:
-    """Return what tells this boot of this kernel from any other: 16 bytes, zeros: not known."""
-    try:
-        return uuid.UUID(_BOOT_ID.read_text().strip()).bytes
-    except OSError:
-        return _NO_BOOT

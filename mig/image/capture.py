@@ -9,6 +9,7 @@ import secrets
 import stat
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from uuid import UUID
 
 from mig import _core
 from mig.errors import ChannelError, MismatchError
@@ -125,6 +126,11 @@ class StreamCapture:
             if self._received is not None:
                 idstr = self._blocks.blocks[parser.current].idstr
                 _core.mark_received(parser, self._received[idstr])
+
+    @property
+    def uuid(self) -> UUID | None:
+        """None: any machine can be captured."""
+        return None
 
     def open_lanes(
         self, receiver: _core.MultifdReceiver, parser: _core.RamParser, section_id: int

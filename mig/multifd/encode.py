@@ -46,6 +46,9 @@ class Lanes(Protocol):
     def adapt(self, *, generation: int, caching: bool, last_stage: bool, link: float) -> None:
         """Say what compression adaptive chooses by, while nothing is queued."""
 
+    def note_zeros(self, index: PageIndex, *, address: int) -> None:
+        """Say that pages go as zero pages, but not over a channel (compression adaptive)."""
+
     def drain(self) -> None:
         """Wait until all is sent."""
 
@@ -144,6 +147,9 @@ class MultifdEncoder(PageEncoder):
         is_zero[zero.indexes()] = True
         self._records.put(block, index[is_zero], _core.Bitmap(nzero, fill=True))
         self._counters.add(nzero, nzero)
+        if self._adaptive:
+            # a later difference is to zeros
+            self._lanes.note_zeros(index[is_zero], address=self._addresses[block.idstr])
         return index[~is_zero]
 
     def end_section(self, kind: SectionType) -> None:

@@ -115,7 +115,6 @@ CAPABILITIES: Final[dict[Capability, CapabilityInfo]] = {
 
 #: never switched on by mig: what became of them
 REMOVED_CAPABILITIES: Final[dict[Capability, str]] = {
-    Capability.COMPRESS: "only QEMU before 9.1 has it; the successor is multifd-compression",
     Capability.BLOCK: "only QEMU before 9.1 has it; the successor is blockdev-mirror",
     Capability.ZERO_BLOCKS: "it is a part of block migration, which only QEMU before 9.1 has",
 }

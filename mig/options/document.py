@@ -48,8 +48,19 @@ def _capabilities() -> list[str]:
             )
             if capability in done
         ]
-        rows.append([f"`{capability}`", info.doc, info.since, ", ".join(sides) or "not yet"])
+        rows.append(
+            [
+                f"`{capability}`",
+                info.doc,
+                _when(info.since, info.until),
+                ", ".join(sides) or "not yet",
+            ]
+        )
     return _table(["capability", "meaning", "since QEMU", "in mig"], rows)
+
+
+def _when(since: str, until: str | None) -> str:
+    return since if until is None else f"{since}, not since {until}"
 
 
 def _default(spec: ParameterSpec) -> str:
@@ -70,7 +81,7 @@ def _parameter(spec: ParameterSpec) -> list[str]:
         _default(spec),
         spec.kind.range,
         "yes" if spec.in_flight else "no",
-        spec.since or "mig's own",
+        _when(spec.since or "mig's own", spec.until),
         _support(spec.name),
     ]
 

@@ -64,6 +64,7 @@ class ParameterSpec:
     default:   as a value of Parameters
     doc:       what it does
     since:     first QEMU that has it, None for mig's own
+    until:     first QEMU that has it no more, None while 10.0 has it
     in_flight: whether a change takes effect while a migration runs
     """
 
@@ -74,6 +75,7 @@ class ParameterSpec:
     doc: str
     since: str | None
     in_flight: bool
+    until: str | None = None
 
 
 #: QEMU's error for a rate: its limits and unit
@@ -81,17 +83,15 @@ _RATE: Final = IN_RANGE + " bytes/second"
 
 #: parameters that QEMU 10.0 has no more, and what became of them
 REMOVED_PARAMETERS: Final = {
-    **dict.fromkeys(
-        ("compress-level", "compress-threads", "compress-wait-thread", "decompress-threads"),
-        "only QEMU before 9.1 has it; the successor is multifd-compression",
-    ),
     "block-incremental": "only QEMU before 9.1 has it; the successor is blockdev-mirror",
 }
 
 
-def _spec(kind: Kind, doc: str, since: str | None, *, in_flight: bool = False) -> dict[str, Any]:
+def _spec(
+    kind: Kind, doc: str, since: str | None, *, in_flight: bool = False, until: str | None = None
+) -> dict[str, Any]:
     """Return the metadata of a field, whose name is the QMP name with underscores."""
-    return {"kind": kind, "doc": doc, "since": since, "in_flight": in_flight}
+    return {"kind": kind, "doc": doc, "since": since, "in_flight": in_flight, "until": until}
 
 
 @dataclass(frozen=True, slots=True)
@@ -313,6 +313,32 @@ class Parameters:
             Switch(), "write files around the page cache where possible (off in QEMU)", "9.1"
         ),
     )
+    compress_level: int = field(
+        default=1,
+        metadata=_spec(
+            Integer(0, 9), "level of compress: 0 none, 1 fast, 9 small", "2.4", until="9.1"
+        ),
+    )
+    compress_threads: int = field(
+        default=8,
+        metadata=_spec(Integer(1, 255), "threads that compress pages", "2.4", until="9.1"),
+    )
+    compress_wait_thread: bool = field(
+        default=True,
+        metadata=_spec(
+            Switch(),
+            "wait for a thread of compress; off: a page for which none is free goes as it is",
+            "3.1",
+            in_flight=True,
+            until="9.1",
+        ),
+    )
+    decompress_threads: int = field(
+        default=2,
+        metadata=_spec(
+            Integer(1, 255), "threads that inflate compressed pages", "2.4", until="9.1"
+        ),
+    )
     idle_timeout: float = field(
         default=60.0,
         metadata=_spec(Seconds(0, 10**6), "give up when no byte moves for so long; 0: never", None),
@@ -369,7 +395,7 @@ class Parameters:
         for spec in self.specs():
             value = getattr(self, spec.attribute)
             # a mapping that nobody made is not an empty one
-            if spec.since is not None and value is not None:
+            if spec.since is not None and spec.until is None and value is not None:
                 out[spec.name] = spec.kind.to_qmp(value)
         return out
 

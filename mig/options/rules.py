@@ -69,6 +69,7 @@ _NOT_IN_SNAPSHOT = (
     Cap.AUTO_CONVERGE,
     Cap.RELEASE_RAM,
     Cap.RDMA_PIN_ALL,
+    Cap.COMPRESS,
     Cap.XBZRLE,
     Cap.X_COLO,
     Cap.VALIDATE_UUID,
@@ -120,6 +121,14 @@ RULES: Final[tuple[Rule, ...]] = (
     Rule(
         "dirty-limit conflicts with auto-converge either of then available currently",
         _both(Cap.DIRTY_LIMIT, Cap.AUTO_CONVERGE),
+    ),
+    Rule(
+        "Postcopy is not currently compatible with compression",
+        _both(Cap.POSTCOPY_RAM, Cap.COMPRESS),
+    ),
+    Rule("Multifd is not compatible with compress", _both(Cap.MULTIFD, Cap.COMPRESS)),
+    Rule(
+        "Mapped-ram migration is incompatible with compression", _both(Cap.MAPPED_RAM, Cap.COMPRESS)
     ),
     Rule("Multifd is not compatible with xbzrle", _both(Cap.MULTIFD, Cap.XBZRLE)),
     Rule("Mapped-ram migration is incompatible with xbzrle", _both(Cap.MAPPED_RAM, Cap.XBZRLE)),

@@ -9,9 +9,11 @@ from mig.options.capability import Capability
 OUTGOING_CAPABILITIES: Final = frozenset(
     {
         Capability.AUTO_CONVERGE,
+        Capability.COMPRESS,
         Capability.DIRTY_LIMIT,
         Capability.MULTIFD,
         Capability.PAUSE_BEFORE_SWITCHOVER,
+        Capability.POSTCOPY_RAM,
         Capability.RETURN_PATH,
         Capability.SWITCHOVER_ACK,
         Capability.VALIDATE_UUID,
@@ -22,6 +24,7 @@ OUTGOING_CAPABILITIES: Final = frozenset(
 )
 INCOMING_CAPABILITIES: Final = frozenset(
     {
+        Capability.COMPRESS,
         Capability.MULTIFD,
         Capability.POSTCOPY_BLOCKTIME,
         Capability.POSTCOPY_PREEMPT,
@@ -38,14 +41,19 @@ INCOMING_CAPABILITIES: Final = frozenset(
 SUPPORTED_PARAMETERS: Final = frozenset(
     {
         "avail-switchover-bandwidth",
+        "compress-level",
+        "compress-threads",
+        "compress-wait-thread",
         "cpu-throttle-increment",
         "cpu-throttle-initial",
         "cpu-throttle-tailslow",
+        "decompress-threads",
         "direct-io",
         "downtime-limit",
         "idle-timeout",
         "max-bandwidth",
         "max-cpu-throttle",
+        "max-postcopy-bandwidth",
         "mode",
         "multifd-channels",
         "multifd-compression",

@@ -1,1 +1,1 @@
-"""Postcopy: the guest runs at the destination while some of its memory is still at the source."""
+"""Postcopy: the guest runs at the destination before all of its memory is there."""

@@ -11,7 +11,7 @@ from mig.ram.encode import PageEncoder, RecordWriter, ZeroFinder
 from mig.ram.search import PageBatch, PageSearch
 from mig.stats import MigrationInfo, RamCounters, XbzrleStats
 
-#: a record's flags and XBZRLE's be16 length must have room in a page's offset and size
+#: bytes of a page, so that the flag 0x40 is none of the bits of its offset
 _MIN_PAGE = 128
 
 
@@ -66,6 +66,14 @@ class DeltaEncoder(PageEncoder):
         except MemoryError as error:
             raise OptionError(f"Parameter 'xbzrle-cache-size': {error}") from error
 
+    def check_size(self, nbytes: int) -> None:
+        """OptionError when the cache cannot be changed to that size."""
+        if nbytes < self._page_size:
+            raise OptionError(
+                "Parameter 'xbzrle-cache-size' expects a power of two no less than the target "
+                "page size"
+            )
+
     def encode(self, batch: PageBatch) -> None:
         """ZERO records, XBZRLE records, PAGE records, and none for a page that has not changed."""
         if not self._search.wrapped:
@@ -95,7 +103,7 @@ class DeltaEncoder(PageEncoder):
         try:
             self._cache.resize(nbytes)
         except (ValueError, MemoryError):
-            # what was asked for in flight does no harm: statistics tell the size that there is
+            # no reason to fail: statistics tell the size that there is
             return
 
     def begin_pass(self) -> None:
@@ -105,6 +113,7 @@ class DeltaEncoder(PageEncoder):
 
     def end_period(self) -> None:
         """A period is over: compute its rates; matches migration_update_rates()."""
+        self._plain.end_period()
         cache = self._cache
         pages, nbytes, misses = cache.hits, cache.record_bytes, cache.misses
         records = self._counters.records
@@ -119,7 +128,7 @@ class DeltaEncoder(PageEncoder):
 
     def report(self, info: MigrationInfo) -> MigrationInfo:
         """Add the statistics of the cache. Any thread."""
-        return replace(info, xbzrle_cache=self.stats)
+        return replace(self._plain.report(info), xbzrle_cache=self.stats)
 
     @property
     def stats(self) -> XbzrleStats:

@@ -83,6 +83,23 @@ class RecordWriter:
             # nothing has changed, so no record has named the block
             self._current = current
 
+    def put_compressed(
+        self,
+        block: SourceBlock,
+        index: PageIndex,
+        zero: _core.Bitmap | None,
+        compressor: _core.Compressor,
+        *,
+        skip: bool,
+    ) -> None:
+        """COMPRESS_PAGE records, too, of finished pages; see OutQueue.encode_compressed()."""
+        before, current = self.writer.offset, self._current
+        self.writer.put_compressed(
+            compressor, block.pages, self.name(block), index, zero, skip=skip
+        )
+        if self.writer.offset == before:
+            self._current = current
+
     def put(self, block: SourceBlock, index: PageIndex, zero: _core.Bitmap | None) -> None:
         """PAGE and ZERO records of pages ``index``; bit i of ``zero``: page index[i] is zero."""
         self.writer.put_pages(block.pages, self.name(block), index, zero)

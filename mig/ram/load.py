@@ -14,7 +14,6 @@ from mig.wire import RamFlag
 
 #: records of features that this loader leaves out, and the capability that makes a source send them
 _CAPABILITY_OF = {
-    RamFlag.COMPRESS_PAGE: "compress",
     RamFlag.MULTIFD_FLUSH: "multifd",
 }
 
@@ -40,10 +39,14 @@ class PageLanes(Protocol):
     def sync(self) -> None:
         """Wait until every channel has come to this place."""
 
+    def finish(self) -> None:
+        """The section has ended: from now on they bring nothing."""
+
 
 class RamLoader:
     """Reads payloads of the `ram` section of one stream.
 
+    decompress_threads: how many inflate compressed pages, once there are some
     addresses: whether the block list has them (capability x-ignore-shared)
     host_pages: whether it may have sizes of host pages (capability postcopy-ram)
 
@@ -62,6 +65,7 @@ class RamLoader:
         page_size: int,
         counters: RamCounters,
         *,
+        decompress_threads: int = 2,
         section_id: int = 0,
         lanes: PageLanes | None = None,
         sync_every_section: bool = False,
@@ -75,6 +79,7 @@ class RamLoader:
         self._sink = sink
         self._page_size = page_size
         self._counters = counters
+        self._decompress_threads = decompress_threads
         self._addresses = addresses
         self._host_pages = host_pages
         self._parser: _core.RamParser | None = None
@@ -98,7 +103,9 @@ class RamLoader:
 
     def _new_parser(self) -> _core.RamParser:
         return _core.RamParser(
-            [(b.idstr.encode(), b.npages(self._page_size)) for b in self.blocks], self._page_size
+            [(b.idstr.encode(), b.npages(self._page_size)) for b in self.blocks],
+            self._page_size,
+            threads=self._decompress_threads,
         )
 
     def load_payload(self) -> None:
@@ -152,10 +159,10 @@ class RamLoader:
             try:
                 sink.put(parser, reader.buffer, start)
             except MemoryError as error:
-                raise reader.error("no memory for the block list") from error
+                raise reader.error("no memory for what becomes of pages") from error
             except _core.RamRecordError as error:
                 raise self._refused_record(parser, start, error) from error
-            counters.add(parser.npages, parser.nfill, parser.nxbzrle)
+            counters.add(parser.npages, parser.nfill, parser.nxbzrle, parser.npacked)
             reader.advance(parser.consumed)
             if stop == _core.STOP_MORE:
                 reader.need(parser.need, "a RAM record")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 
+from mig.pages import HOST_PAGE_SIZE
 from mig.ram.encode import PageEncoder
 from mig.ram.search import PageBatch, PageSearch
 from mig.records import BlockInfo, BlockList, SectionHeader, encode_continuation, encode_footer
@@ -32,6 +33,8 @@ class RamSaver:
         self._counters = counters
         #: whether sections end with footers
         self.footers = True
+        #: whether the block list has page sizes other than the host's (capability postcopy-ram)
+        self.names_host_pages = False
 
     def start(self) -> None:
         """SECTION_START with the block list, which also has the blocks that are not sent."""
@@ -39,7 +42,14 @@ class RamSaver:
         header = SectionHeader(self._section_id, RAM_IDSTR, 0, RAM_VERSION)
         listed = BlockList(
             tuple(
-                BlockInfo(b.idstr, b.used_length, b.address if search.ignore_shared else None)
+                BlockInfo(
+                    b.idstr,
+                    b.used_length,
+                    b.address if search.ignore_shared else None,
+                    b.host_page_size
+                    if self.names_host_pages and b.host_page_size != HOST_PAGE_SIZE
+                    else None,
+                )
                 for b in search.listed
             )
         )

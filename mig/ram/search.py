@@ -169,6 +169,33 @@ class PageSearch:
             self._page = 0
         return None
 
+    def take(self, block: SourceBlock, first: int, npages: int) -> PageBatch | None:
+        """Take what is dirty of these pages, host pages as a whole; None when nothing is.
+
+        The walk goes on behind them: what is near will be wanted, too.
+        """
+        per_host_page = max(1, block.host_page_size // block.pages.page_size)
+        first -= first % per_host_page
+        end = min(-(-(first + npages) // per_host_page) * per_host_page, block.pages.npages)
+        n = block.dirty.count(first, end - first)
+        index = np.empty(n, dtype=np.uint64)
+        if not n or not block.dirty.take(first, index):
+            return None
+        self.remaining -= n * block.pages.page_size
+        if self._uncleared:
+            self._clear_log(block, index)
+        self._block, self._page = self.blocks.index(block), end
+        return PageBatch(block, index)
+
+    def replace_dirty(self, idstr: str, dirty: _core.Bitmap) -> None:
+        """Let these pages of a block be dirty, and no others."""
+        block = self._by_idstr[idstr]
+        before = block.dirty.count()
+        block.dirty.clear(0, block.pages.npages)
+        block.dirty.merge(dirty)
+        block.forget_discarded()
+        self.remaining += (block.dirty.count() - before) * block.pages.page_size
+
     def _finish_host_page(self, block: SourceBlock, n: int) -> int:
         """Add what is dirty in the host page that ``n`` pages end in; returns how many pages."""
         last = int(self._index[n - 1])

@@ -338,3 +338,12 @@ class DeviceTail:
             offset=self._offset + walk.at,
             section=walk.idstr,
         )
+
+
+def sections_of(raw: bytes) -> bytes:
+    """Return a whole device state without EOF and description; StreamError when it is not whole."""
+    tail = DeviceTail(0)
+    state = tail.feed(raw) or tail.finish()
+    # section type and be32 length stand before the description
+    end = len(state.description) + 5 if state.description else 0
+    return raw[: len(state.raw) - end - 1]

@@ -62,6 +62,7 @@ class StreamLoader:
 
     on_command: told of every OPEN_RETURN_PATH and PING
     page_size:  target page size where the stream does not name it
+    decompress_threads: how many inflate compressed pages
     lanes:      channels that bring pages beside the stream
     capabilities: those that are on here; None: take the stream as it is
 
@@ -76,6 +77,7 @@ class StreamLoader:
         on_command: Callable[[Command], None],
         counters: RamCounters | None = None,
         page_size: int = 1 << DEFAULT_PAGE_BITS,
+        decompress_threads: int = 2,
         lanes: PageLanes | None = None,
         capabilities: Collection[Capability] | None = (),
     ) -> None:
@@ -86,6 +88,7 @@ class StreamLoader:
         self._on_command = on_command
         self._page_size = page_size
         self._counters = counters or RamCounters()
+        self._decompress_threads = decompress_threads
         self._capabilities = capabilities
         # whether blocks may name the size of their pages
         self._host_pages = False
@@ -203,6 +206,7 @@ class StreamLoader:
             self._target,
             self._page_size,
             self._counters,
+            decompress_threads=self._decompress_threads,
             section_id=header.section_id,
             lanes=self._lanes,
             sync_every_section=self._dialect.sync_every_section,
@@ -223,6 +227,8 @@ class StreamLoader:
         self._ram.load_payload()
         self._footer()
         self._ram_ended = kind == SectionType.END
+        if self._ram_ended and self._lanes is not None:
+            self._lanes.finish()
 
     def _footer(self) -> None:
         reader = self._reader

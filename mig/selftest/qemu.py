@@ -92,7 +92,7 @@ class GuestSpec:
     dirty_kib: int = 4096
     """KiB rewritten each second, in dirty mode."""
     machine: str = "pc"
-    pattern: Literal["random", "sparse", "delta"] = "random"
+    pattern: Literal["random", "sparse", "delta", "compressible"] = "random"
     extra: tuple[str, ...] = ()
     """More arguments for QEMU."""
 

@@ -87,6 +87,28 @@ class StreamWriter:
             if first < len(index):
                 self.flush()
 
+    def put_compressed(
+        self,
+        compressor: _core.Compressor,
+        pages: _core.Pages,
+        name: bytes | None,
+        index: PageIndex,
+        zero: _core.Bitmap | None,
+        *,
+        skip: bool,
+    ) -> None:
+        """Append records of pages ``index``; the arguments are those of encode_compressed()."""
+        first = 0
+        while first < len(index):
+            before = self.offset
+            first = self._out.encode_compressed(
+                compressor, pages, name, index, first, zero, skip=skip
+            )
+            if self.offset > before:
+                name = None
+            if first < len(index):
+                self.flush()
+
     def flush(self) -> None:
         """Send what is queued."""
         if self._out.nbytes:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from faults import streams
+from unit.postcopies import Lab, closed_lab
 
 _FAILED = pytest.StashKey[bool]()
 
@@ -50,3 +51,10 @@ def folder(tmp_path: Path) -> Path:
     path = tmp_path / "captures"
     path.mkdir()
     return path
+
+
+@pytest.fixture
+def postcopies(tmp_path: Path) -> Iterator[Lab]:
+    """Postcopies by hand."""
+    with closed_lab(tmp_path) as lab:
+        yield lab

@@ -57,6 +57,7 @@ def assert_one_line(stderr: str) -> None:
         ["receive", "tcp:127.0.0.1:0", "."],
         ["send", "IMAGE"],
         ["send", "IMAGE", "nonsense"],
+        ["send", "IMAGE", "file:OUT", "-c", "pause-before-switchover"],
         ["send", "IMAGE", "file:OUT", "-c", "return-path"],
         ["send", "IMAGE", "file:OUT", "-p", "max-bandwidth=-1"],
         ["info"],

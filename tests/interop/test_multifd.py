@@ -120,3 +120,24 @@ def test_qemu_with_fewer_channels_than_expected_keeps_its_guest(lab):
     assert source.wait_migration()["status"] == "failed"
     source.wait_ticks(3)
     assert source.bad_pages() == 0
+
+
+@pytest.mark.parametrize(
+    ("version", "with_multifd"), [("7.2", True), ("10.0", True), ("10.0", False)]
+)
+def test_qemu_is_not_sent_what_only_mig_knows(lab, assert_goes_on, version, with_multifd):
+    """It is asked, no channel comes, and the same file goes to the next QEMU."""
+    spec = lab.spec("pc")
+    first = lab.boot(version, spec)
+    file = lab.path("vm.mig")
+    received(lab, first, file, f"unix:{lab.path('in')}", {"multifd-channels": 2})
+    refusing = lab.incoming(version, spec)
+    refusing.set_capabilities({"multifd": with_multifd})
+    uri = f"unix:{lab.path('refused')}"
+    refusing.migrate_incoming(uri)
+    parameters = {"multifd-compression": "adaptive", "idle-timeout": 1}
+    command = lab.mig("send", file, uri, "--json", *options(parameters))
+    assert command.finish() == 1
+    assert "does not take multifd-compression adaptive" in command.stderr
+    second = sent(lab, version, spec, file, f"unix:{lab.path('out')}", {"multifd-channels": 2})
+    assert_goes_on(first, second)

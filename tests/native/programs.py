@@ -50,4 +50,5 @@ def build(
 
 def _needs_codecs(path: Path) -> bool:
     text = path.read_text()
-    return any(header in text for header in ("<zlib.h>", "<zstd.h>", '"codec.h"'))
+    headers = ("<zlib.h>", "<zstd.h>", '"codec.h"', '"adaptive.h"', '"multifd.h"')
+    return any(header in text for header in headers)

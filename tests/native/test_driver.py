@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from pathlib import Path
 
 import pytest
@@ -37,9 +38,31 @@ TARGETS = {
         + b"\0\0\0\0\0\0\0\x22\0"
         + b"\0\0\0\0\0\0\0\x10",
     ),
+    "fuzz_ramio compressed": (
+        ["fuzz_ramio.c"],
+        b"\x0e"
+        + b"\0\0\0\0\0\0\x05\0\x03ram\0\0\0\x11"
+        + zlib.compress(b"A" * 1024)
+        + b"\0\0\0\0\0\0\x09\x20\0\0\0\x11"
+        + zlib.compress(bytes(1024))
+        + b"\0\0\0\0\0\0\0\x10",
+    ),
     "fuzz_xbzrle": (
         ["fuzz_xbzrle.c", "simple_xbzrle.c"],
         b"\x0c\0\0" + b"\0\x01A" + b"\x80\x01\x02BC",
+    ),
+    "fuzz_multifd": (
+        ["fuzz_multifd.c"],
+        # zlib; two pages with contents and one without, then a SYNC
+        b"\x01" + b"\x02\x02\x01\0\0\0\0\x02\x01\x02\x03AaBb" + b"\x01" + bytes(7),
+    ),
+    "fuzz_multifd adaptive": (
+        ["fuzz_multifd.c"],
+        # a page raw, one by zstd, one as a difference, and one without contents; then a SYNC
+        b"\x03"
+        + b"\x3e\x03\x01\0\0\0\0\x02\x01\x02\x03\x04AaBbCc\0\x02\x01\x09\x03"
+        + b"\x01"
+        + bytes(7),
     ),
 }
 
@@ -62,6 +85,14 @@ def test_neon_kernels_on_an_emulated_cpu(tmp_path: Path) -> None:
     flags = ["-O2", "-static", "-pthread"]
     program = build(tmp_path / "driver", compiler, DRIVER, flags, codecs=False)
     assert families_that_ran(run(emulator, program)) == {"neon", "scalar"}
+
+
+@pytest.mark.parametrize("sanitizers", ["thread", "address,undefined"])
+def test_multifd_channels_at_both_ends(tmp_path: Path, sanitizers: str) -> None:
+    clang = tool("clang", "clang libclang-rt-dev")
+    flags = ["-O1", f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all", "-pthread"]
+    program = build(tmp_path / "multifd", clang, ["multifd.c"], flags)
+    assert run(program) == "fine\n"
 
 
 @pytest.mark.parametrize("target", TARGETS)

@@ -25,6 +25,8 @@ def page_bytes(seed: int, page: int, count: int, page_size: int, pattern: str, f
     zero = below == 0 and (fill == "zero" or (fill == "half" and page % 2 == 1))
     base = key(seed, page, below)
     words = [0 if zero else mix(base + i * STEP) for i in range(page_size // 8)]
+    if fill == "compressible":
+        words[len(words) // 2 :] = [base] * (len(words) // 2)
     if pattern == "words" and count > 0:
         block = min(512, page_size) // 8
         places, values = key(seed, page, -2), key(seed, page, count)

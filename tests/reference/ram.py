@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import zlib
 from dataclasses import dataclass
 
 from reference import xbzrle
 
-ZERO, MEM_SIZE, PAGE, EOS, CONTINUE, XBZRLE = 0x02, 0x04, 0x08, 0x10, 0x20, 0x40
+ZERO, MEM_SIZE, PAGE, EOS, CONTINUE, XBZRLE, COMPRESS = (
+    *(0x02, 0x04, 0x08, 0x10, 0x20),
+    *(0x40, 0x100),
+)
 
 
 @dataclass(frozen=True)
@@ -17,12 +21,19 @@ class Delta:
 
 
 @dataclass(frozen=True)
+class Packed:
+    """A page as a zlib stream."""
+
+    stream: bytes
+
+
+@dataclass(frozen=True)
 class Record:
     """A page of a block: its bytes, the byte that it is filled with, or a difference."""
 
     block: bytes
     page: int
-    contents: bytes | int | Delta
+    contents: bytes | int | Delta | Packed
 
     def expand(self, page_size: int, old: bytes | None = None) -> bytes:
         """What the page holds then; ``old``: what it held before, None for nothing."""
@@ -32,6 +43,8 @@ class Record:
             page = bytearray(page_size if old is None else old)
             xbzrle.decode(self.contents.encoding, page)
             return bytes(page)
+        if isinstance(self.contents, Packed):
+            return zlib.decompress(self.contents.stream)
         return self.contents
 
 
@@ -45,7 +58,7 @@ def be64(value: int) -> bytes:
 def encode_record(record: Record, page_size: int, current: bytes | None) -> bytes:
     """One record; ``current`` is the block that the stream is in."""
     contents = record.contents
-    kind = ZERO if isinstance(contents, int) else XBZRLE if isinstance(contents, Delta) else PAGE
+    kind = {int: ZERO, Delta: XBZRLE, Packed: COMPRESS}.get(type(contents), PAGE)
     word = record.page * page_size + kind
     if record.block == current:
         out = be64(word + CONTINUE)
@@ -56,6 +69,8 @@ def encode_record(record: Record, page_size: int, current: bytes | None) -> byte
     if isinstance(contents, Delta):
         length = len(contents.encoding)
         return out + bytes([1, length >> 8, length & 0xFF]) + contents.encoding
+    if isinstance(contents, Packed):
+        return out + be64(len(contents.stream))[4:] + contents.stream
     assert len(contents) == page_size
     return out + contents
 
@@ -118,7 +133,7 @@ def parse_record(
         block = data[at + 9 : at + head]
     assert block is not None
     kind = flags & ~CONTINUE
-    assert kind in (ZERO, PAGE, XBZRLE), hex(word)
+    assert kind in (ZERO, PAGE, XBZRLE, COMPRESS), hex(word)
     if kind == XBZRLE:
         if left < head + 3:
             return Incomplete(head + 3)
@@ -128,6 +143,15 @@ def parse_record(
             return Incomplete(head + body)
         delta = Delta(data[at + head : at + head + body])
         return Record(block, word // page_size, delta), at + head + body
+    if kind == COMPRESS:
+        if left < head + 4:
+            return Incomplete(head + 4)
+        head, body = head + 4, int.from_bytes(data[at + head : at + head + 4], "big")
+        if left < head + body:
+            return Incomplete(head + body)
+        return Record(
+            block, word // page_size, Packed(data[at + head : at + head + body])
+        ), at + head + body
     body = page_size if kind == PAGE else 1
     if left < head + body:
         return Incomplete(head + body)

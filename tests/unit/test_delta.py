@@ -12,149 +12,14 @@ from hypothesis import strategies as st
 from reference import ram, stream
 from reference.delta import DeltaSender
 from reference.ram import Delta, Record
+from unit.ends import NAMES, SECTION, Collector, Source, Target, begin
 
 import mig
-from mig import SharedDirtyLog, _core
+from mig import _core
+from mig.engine.convergence import DirtyRate
 from mig.errors import OptionError, StreamError, TruncatedError
 from mig.events import PassStarted
 from mig.guest import ProcessGuest
-from mig.ram.delta import DeltaEncoder
-from mig.ram.encode import PlainEncoder, RecordWriter, ZeroFinder
-from mig.ram.load import RamLoader
-from mig.ram.save import RamSaver
-from mig.ram.search import MAX_BATCH, PageSearch, SourceBlock
-from mig.stats import RamCounters
-from mig.stream.reader import StreamReader
-from mig.stream.writer import StreamWriter
-
-SECTION = 7
-NAMES = {"pc.ram": 9, "vga": 3}
-
-
-class Collector:
-    """Takes what is sent, at once or after the guest had time to write."""
-
-    def __init__(self, before=lambda: None) -> None:
-        self.sent = bytearray()
-        self.sends = 0
-        self._before = before
-
-    def send(self, out: _core.OutQueue) -> int:
-        self._before()
-        data = out.tobytes()
-        out.clear()
-        self.sent += data
-        self.sends += 1
-        return len(data)
-
-
-class Recorded(PageSearch):
-    """Notes its batches."""
-
-    def next_batch(self, max_pages: int = MAX_BATCH):
-        batch = super().next_batch(max_pages)
-        if batch is not None:
-            self.batches = [*getattr(self, "batches", []), (batch.block.idstr, *batch.index)]
-        return batch
-
-
-class Source:
-    """Blocks that are written between passes, and a sender of them."""
-
-    def __init__(
-        self,
-        page_size: int,
-        cache_size: int,
-        names: dict[str, int] = NAMES,
-        before_send=lambda: None,
-    ) -> None:
-        self.page_size, self.names, self.cache_size = page_size, names, cache_size
-        self.memory = {name: np.zeros((n, page_size), np.uint8) for name, n in names.items()}
-        self.log = SharedDirtyLog(names)
-        self.log.start()
-        self.pages = {name: _core.Pages(m, page_size) for name, m in self.memory.items()}
-        blocks = [
-            SourceBlock(name, n * page_size, self.pages[name], True, _core.Bitmap(n, fill=True))
-            for name, n in names.items()
-        ]
-        self.sink = Collector(before_send)
-        self.writer = StreamWriter(self.sink)
-        self.search = Recorded(blocks, self.log)
-        self.counters = RamCounters()
-        self.last_stage = False
-        records, zeros = RecordWriter(self.writer), ZeroFinder(lambda: True)
-        self.encoder = DeltaEncoder(
-            PlainEncoder(records, zeros, self.counters),
-            records,
-            zeros,
-            self.search,
-            self.counters,
-            cache_size=lambda: self.cache_size,
-            last_stage=lambda: self.last_stage,
-        )
-        self.saver = RamSaver(self.writer, self.search, self.encoder, SECTION, self.counters)
-
-    def start(self) -> None:
-        self.saver.start()
-        self.saver.begin_pass()
-
-    def write(self, name: str, page: int, offset: int, data: bytes) -> None:
-        at = offset % self.page_size
-        piece = np.frombuffer(data[: self.page_size - at], np.uint8)
-        self.memory[name][page, at : at + len(piece)] = piece
-        self.log.mark(name, page)
-
-    def send_pass(self, batch: int = 1000) -> None:
-        while found := self.search.next_batch(batch):
-            self.saver.part(found)
-            self.writer.flush()
-
-    def sync(self) -> None:
-        self.search.sync()
-        self.saver.begin_pass()
-
-    def end(self) -> None:
-        self.last_stage = True
-        self.sync()
-        self.saver.end()
-        self.writer.flush()
-
-    def everything(self) -> dict[str, bytes]:
-        return {name: memory.tobytes() for name, memory in self.memory.items()}
-
-
-class Target:
-    def __init__(self, page_size: int, names: dict[str, int] = NAMES) -> None:
-        self.page_size = page_size
-        self.memory = {name: bytearray(n * page_size) for name, n in names.items()}
-        self.received = {name: _core.Bitmap(n) for name, n in names.items()}
-        self.counters = RamCounters()
-
-    def open_blocks(self, blocks, page_size) -> None:
-        assert [b.idstr for b in blocks] == list(self.memory)
-
-    def put(self, parser, data, start) -> None:
-        if parser.npages:
-            name = list(self.memory)[parser.current]
-            pages = _core.Pages(self.memory[name], self.page_size, writable=True)
-            parser.place(data, start, pages, self.received[name], True)
-
-    def load(self, data: bytes) -> None:
-        reader = StreamReader(data=data)
-        loader = RamLoader(reader, self, self.page_size, self.counters)
-        while (kind := reader.peek()) is not None:
-            reader.u8("type")
-            if kind == 1:
-                reader.read(4 + 1 + 3 + 8, "header")
-            else:
-                assert reader.u32("id") == SECTION
-            reader.section = "ram"
-            loader.load_payload()
-            assert reader.read(5, "footer") == stream.footer(SECTION)
-
-    def everything(self) -> dict[str, bytes]:
-        return {name: bytes(memory) for name, memory in self.memory.items()}
-
 
 WRITES = st.lists(
     st.tuples(
@@ -489,11 +354,6 @@ def test_a_guest_without_blocks():
 # ---- hostile records -----------------------------------------------------------------------------
 
 
-def begin(page_size: int = 4096) -> bytes:
-    blocks = {name: n * page_size for name, n in NAMES.items()}
-    return stream.ram_start(SECTION, blocks) + stream.footer(SECTION)
-
-
 def raw(encoding: bytes, *, length: int | None = None, coding: int = 1, page: int = 2) -> bytes:
     """An XBZRLE record of pc.ram, with any length."""
     length = len(encoding) if length is None else length
@@ -575,9 +435,12 @@ PASSES = 8
 
 
 @pytest.mark.parametrize("cache_size", [4096, 1 << 20, 16 << 20])
-def test_a_live_guest_ends_intact(tmp_path, cache_size):
+def test_a_live_guest_ends_intact(tmp_path, cache_size, monkeypatch):
     """Its words are written while they are encoded; the destination's memory is what it says."""
     nbytes = 4 << 20
+    # rates of every pass, not of every second
+    monkeypatch.setattr(DirtyRate, "PERIOD", 0.0)
+    rates = []
     with (
         ProcessGuest(nbytes, rate=400 << 20, pattern="words") as guest,
         ProcessGuest(nbytes) as copy,
@@ -586,6 +449,11 @@ def test_a_live_guest_ends_intact(tmp_path, cache_size):
         def some_writes(event: object) -> None:
             """The next sync finds something: the migration does not end by itself."""
             if isinstance(event, PassStarted) and event.number < PASSES:
+                if event.number > 2:
+                    rates.append(outgoing.query().xbzrle_cache.encoding_rate)
+                if event.number == 3:
+                    with pytest.raises(OptionError, match="power of two no less than"):
+                        outgoing.set_parameters({"xbzrle-cache-size": 2048})
                 if event.number == PASSES // 2:
                     outgoing.set_parameters({"xbzrle-cache-size": cache_size * 2})
                 enough = guest.counters().writes + 200
@@ -619,3 +487,5 @@ def test_a_live_guest_ends_intact(tmp_path, cache_size):
         assert stats.cache_miss > 0
         if cache_size > nbytes:
             assert stats.npages > 100
+            # eight words of eight bytes in each page
+            assert max(rates) > 10

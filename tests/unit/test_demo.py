@@ -5,11 +5,17 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
+import mig
+from mig.cli import main
+from mig.cli.demo import _throttle
 from mig.demo import guests
+from mig.demo.job import Demo, DemoError, DemoReport, check
 from mig.errors import DirtyLogError, KvmUnavailableError
 from mig.guest.kvm import probe
 
@@ -62,7 +68,58 @@ def test_a_virtual_machine_moves():
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout.splitlines()[-1])
     assert report["destination"]["ok"]
+    assert report["destination"]["npages"] == 4096
+    assert report["destination"]["rest"] == report["source"]["rest"] is not None
     assert report["destination"]["writes"] > report["source"]["writes"] > 0
+
+
+def test_a_machine_without_kvm_is_told_what_to_do(monkeypatch):
+    def refuse(*_: object, **__: object) -> None:
+        raise KvmUnavailableError("opening /dev/kvm: No such file or directory")
+
+    monkeypatch.setattr(guests, "KvmGuest", refuse)
+    done = CliRunner().invoke(main, ["demo", "--guest", "kvm", "--memory", "16M"])
+    assert done.exit_code == 1
+    assert "opening /dev/kvm: No such file or directory (--guest process" in done.output
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("-c", "pause-before-switchover"),
+        ("-c", "switchover-ack"),
+        ("-c", "multifd", "-p", "multifd-channels=3", "-p", "multifd-compression=zstd"),
+        ("-p", "mode=cpr-reboot"),
+    ],
+    ids=lambda words: words[-1],
+)
+def test_it_moves_with_every_capability_that_can_be(options):
+    done = demo("--json", *options)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1])["destination"]["ok"]
+
+
+def test_a_destination_that_fails_says_why(monkeypatch, capfd):
+    monkeypatch.setattr(Demo, "_how", property(lambda _: {}, lambda *_: None), raising=False)
+    done = CliRunner().invoke(main, ["demo", "--memory", "16M", "-c", "multifd"])
+    assert done.exit_code == 1
+    assert "the destination says: the source opened multifd channels" in done.output
+
+
+def test_memory_that_the_guest_does_not_write_is_compared():
+    ends = {"ok": True, "corrupt": [], "ticks": 1, "rest": "a"}
+    report = DemoReport(None, None, ends, {**ends, "ticks": 2, "rest": "b"})
+    with pytest.raises(DemoError, match="does not write"):
+        check(report)
+
+
+def test_the_display_tells_either_kind_of_throttle():
+    info = mig.OutgoingMigration(mig.MemoryGuest("box", mig.GuestMemory())).query()
+    assert _throttle(info) == "0 %"
+    info = replace(info, cpu_throttle_percentage=30)
+    assert _throttle(info) == "30 %"
+    info = replace(info, dirty_limit_throttle_time_per_round=0.25)
+    assert _throttle(info).startswith("250.0 ms")
 
 
 def test_the_report_is_for_people():

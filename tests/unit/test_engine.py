@@ -570,6 +570,26 @@ def test_a_multifd_channel_is_refused_by_name(made):
         assert "'multifd'" in str(error_of(incoming))
 
 
+def test_no_channel_can_bring_pages_once_the_device_state_is_loaded(made):
+    # the file of a capture would have them behind its end, a guest that runs in its memory
+    source, target, seen = Box(22), Box(), []
+    load = target.guest.load_devices
+
+    def load_devices(state):
+        seen.append(set(incoming._lanes._serving))
+        load(state)
+
+    target.guest.load_devices = load_devices
+    incoming = made.incoming(target.guest, capabilities={"multifd"})
+    incoming.listen("tcp:127.0.0.1:0")
+    outgoing = made.outgoing(source.guest, capabilities={"multifd", "return-path"})
+    outgoing.start(incoming.uri)
+    assert outgoing.wait(FOREVER)
+    assert incoming.wait(FOREVER)
+    assert seen == [set()]
+    assert target.memory["pc.ram"].view == source.memory["pc.ram"].view
+
+
 # ---- callbacks that raise --------------------------------------------------------------------
 
 

@@ -767,6 +767,28 @@ def test_a_running_guest_moves(make, tmp_path, dirty_log, vcpus):
     assert all(target.progress(i).passes > there[i].passes for i in target.vcpus)
 
 
+def test_it_knows_how_long_it_stood_still(make, tmp_path, monkeypatch):
+    source, target, other = make(), make(), make()
+    source.boot(pace=500)
+    source.resume()
+    assert source.wait_heartbeats(1, FOREVER)
+    began = time.monotonic()
+    migrate(source, target, tmp_path / "s1", capabilities={"return-path"})
+    assert target.switchover_gap is None
+    target.resume()
+    assert 0 < target.switchover_gap <= time.monotonic() - began
+    monkeypatch.setattr("mig.guest.clock._BOOT_ID", tmp_path / "nothing")
+    migrate(target, other, tmp_path / "s2", capabilities={"return-path"})
+    other.resume()
+    assert other.switchover_gap is None
+
+
+def test_a_moment_that_is_none_is_refused(make):
+    guest = make()
+    with pytest.raises(MismatchError, match="no moment"):
+        guest._load_moment(b"short", 0)
+
+
 def test_a_guest_moves_there_and_back(make, tmp_path):
     here, there = make(vcpus=2), make(vcpus=2)
     here.boot(pace=500)

@@ -143,3 +143,8 @@ def test_memory_of_the_caller_s_is_not_populated():
     block = memory.add("a", 2 * PAGE, bytearray(2 * PAGE))
     with pytest.raises(OSError, match="not mapped by mig"):
         block.populate()
+
+
+def test_memory_that_cannot_be_had_is_named():
+    with pytest.raises(OSError, match=r"block 'ram' of \d+ bytes: Cannot allocate memory"):
+        GuestMemory().add("ram", 1 << 50)

@@ -58,10 +58,7 @@ class Memory:
             parser.place(data, start, *self._pages[parser.current], False)
 
     def received(self) -> dict[str, list[bool]]:
-        return {
-            name: list(bits)
-            for name, (_, bits) in zip(self.blocks, self._pages, strict=True)
-        }
+        return {name: list(bits) for name, (_, bits) in zip(self.blocks, self._pages, strict=True)}
 
 
 class SmallReads:
@@ -464,7 +461,7 @@ def test_the_block_that_is_named_in_an_error_is_that_of_the_record():
 
 @pytest.mark.parametrize(
     ("flag", "capability"),
-    [(0x100, "compress"), (0x200, "multifd")],
+    [(0x200, "multifd")],
 )
 @pytest.mark.parametrize("good", [b"", ram.encode([Record(b"a", 0, 0)], PAGE)])
 def test_records_of_other_features_name_the_capability(flag, capability, good):

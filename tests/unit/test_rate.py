@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 
 from mig.engine.rate import RateLimit
@@ -39,15 +41,12 @@ def test_without_limit_nobody_sleeps(clock):
     assert clock.slept == []
 
 
-def test_below_the_budget_of_a_slice_nobody_sleeps(clock):
-    limit = clock.limit(1000)
-    assert limit.room() == 100
-    limit.spend(99)
-    assert clock.slept == []
-    assert limit.room() == 1
-    limit.spend(1)
-    assert clock.slept == [pytest.approx(0.1)]
-    assert limit.room() == 100
+def test_there_is_room_for_some_milliseconds(clock):
+    limit = clock.limit(100_000)
+    assert limit.room() == 500
+    limit.spend(500)
+    assert clock.slept == [pytest.approx(0.005)]
+    assert limit.room() == 500
 
 
 def test_there_is_room_for_what_the_limit_has_become(clock):
@@ -55,18 +54,17 @@ def test_there_is_room_for_what_the_limit_has_become(clock):
     limit = RateLimit(lambda: bandwidths[0], clock.sleep, clock)
     limit.spend(60)
     bandwidths[0] = 10_000
-    assert limit.room() == 940
+    assert limit.room() == 50
     bandwidths[0] = 0
     assert limit.room() is None
 
 
 def test_there_is_always_room_for_something(clock):
-    limit = clock.limit(1000)
-    limit.spend(99)
-    clock.now += 0.05
+    limit = clock.limit(1)
     assert limit.room() == 1
-    clock.now += 0.06
-    assert limit.room() == 100
+    limit.spend(1)
+    assert clock.slept == [pytest.approx(1.0)]
+    assert limit.room() == 1
 
 
 @pytest.mark.parametrize("chunk", [1, 37, 100, 250, 5000])
@@ -76,13 +74,41 @@ def test_over_time_no_more_than_the_bandwidth_is_spent(clock, chunk, bandwidth):
     for _ in range(200):
         limit.spend(chunk)
         sent += chunk
-        # one slice's budget may be used ahead, and the chunk that reaches it is waited for
-        assert sent <= bandwidth * (clock.now - began + RateLimit.SLICE) + 1e-6 * bandwidth
+        assert sent == pytest.approx(bandwidth * (clock.now - began))
 
 
-def test_time_that_was_not_used_is_not_saved_up(clock):
+def busiest(spent: list[tuple[float, int]], span: float) -> int:
+    """The most that was spent in a span of time."""
+    most = total = start = 0
+    for when, nbytes in spent:
+        total += nbytes
+        while spent[start][0] <= when - span + 1e-9:
+            total -= spent[start][1]
+            start += 1
+        most = max(most, total)
+    return most
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("bandwidth", [1000, 100_000])
+def test_lost_time_is_made_up_for_and_no_second_has_more_than_its_share(clock, bandwidth, seed):
+    rng = random.Random(seed)
+    limit, began = clock.limit(bandwidth), clock.now
+    spent = []
+    while clock.now < began + 20:
+        clock.now += 0.06 if rng.random() < 0.005 else 0.001
+        room = limit.room()
+        spent.append((clock.now, room))
+        limit.spend(room)
+    assert busiest(spent, RateLimit.SPAN) <= bandwidth * (RateLimit.SPAN + RateLimit.TURN) + 1
+    assert sum(n for _, n in spent) == pytest.approx(bandwidth * (clock.now - began), rel=0.02)
+
+
+def test_what_is_made_up_for_has_a_bound(clock):
     limit = clock.limit(1000)
     clock.now += 50
+    limit.spend(round(1000 * RateLimit.CARRY))
+    assert clock.slept == []
     limit.spend(100)
     assert clock.slept == [pytest.approx(0.1)]
 
@@ -96,10 +122,10 @@ def test_a_bandwidth_that_rises_ends_the_sleep(clock):
 
     limit = RateLimit(lambda: bandwidths[0], woken, clock)
     limit.spend(1000)
+    # what went under the old limit is settled
     assert clock.slept == [0.5]
-    # what went under the old limit is settled: there is a whole slice to use
     limit.spend(99)
-    assert clock.slept == [0.5]
+    assert clock.slept == [0.5, pytest.approx(0.099)]
 
 
 def test_what_went_without_limit_is_not_paid_for_later(clock):

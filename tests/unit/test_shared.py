@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import socket
+import struct
 from dataclasses import replace
 from pathlib import Path
 
@@ -242,6 +244,49 @@ def test_a_page_of_shared_memory_is_refused(fd, contents):
     StreamLoader(StreamReader(data=plain), target.guest, on_command=print).run()
     target.guest.commit()
     assert target.ram.view[PAGE] == 7
+
+
+def multifd_packet(block: str, page: int, contents: bytes) -> bytes:
+    """A packet of one page; without contents: of one zero page."""
+    nnormal = 1 if contents else 0
+    head = struct.pack(
+        ">IIIIIIQI28x256s", 0x11223344, 1, 0, 128, nnormal, len(contents), 0, 1 - nnormal,
+        block.encode()
+    )  # fmt: skip
+    return head + struct.pack(">128Q", page * PAGE, *[0] * 127) + contents
+
+
+@pytest.mark.parametrize("contents", [b"", b"\x07" * PAGE])
+@pytest.mark.parametrize(("block", "refused"), [("pc.ram", True), ("vga.vram", False)])
+def test_a_page_of_shared_memory_is_refused_on_a_channel(made, fd, block, contents, refused):
+    target = Shared(fd)
+    for each in target.memory:
+        each.view[:] = b"\x01" * each.used_length
+    incoming = made.incoming(
+        target.guest, capabilities={CAPABILITY, "multifd"}, parameters={"multifd-channels": 1}
+    )
+    incoming.listen("tcp:127.0.0.1:0")
+    _, host, port = incoming.uri.split(":")
+    main_stream = hand_made(SIZES, ADDRESSES, [])
+    with (
+        socket.create_connection((host, int(port))) as main,
+        socket.create_connection((host, int(port))) as lane,
+    ):
+        # not to its end
+        main.sendall(main_stream[: main_stream.index(ram.eos()) + len(ram.eos())])
+        lane.sendall(struct.pack(">II16sB39x", 0x11223344, 1, bytes(16), 0))
+        lane.sendall(multifd_packet(block, 1, contents))
+        if not refused:
+            lane.shutdown(socket.SHUT_WR)
+            lane.recv(1)
+            main.shutdown(socket.SHUT_WR)
+        error = error_of(incoming)
+    if refused:
+        assert isinstance(error, StreamError)
+        assert error.message == "block pc.ram should not be migrated"
+        assert error.section == "multifd channel 0"
+    found = bytes(target.memory[block].view)
+    assert (found == b"\x01" * len(found)) is refused
 
 
 @pytest.mark.parametrize(

@@ -81,7 +81,16 @@ QEMU_OUTGOING = {
     ("cancelling", "cancelled"): "migration_cleanup",
 }
 #: QEMU leaves these two with the next step, and then fails
-OWN_OUTGOING = {("wait-unplug", "failed"), ("pre-switchover", "failed")}
+OWN_OUTGOING = {
+    ("wait-unplug", "failed"),
+    ("pre-switchover", "failed"),
+    # given up by the owner
+    ("postcopy-paused", "failed"),
+    ("postcopy-recover-setup", "failed"),
+    ("postcopy-recover", "failed"),
+    # taken over from another process
+    ("none", "postcopy-recover-setup"),
+}
 
 QEMU_INCOMING = {
     ("none", "setup"): "migration_incoming_state_setup",

@@ -1,0 +1,130 @@
+"""The postcopy of a source: handing the guest over, sending the rest, surviving broken links."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol, TypeAlias
+
+from mig import _core
+from mig.engine.postcopy import PostcopySender
+from mig.engine.requests import PageRequests
+from mig.engine.returnpath import ReturnPath
+from mig.errors import MigError, as_mig_error
+from mig.options import Parameters
+from mig.ram.save import RamSaver
+from mig.ram.search import PageSearch
+from mig.records import Command
+from mig.state import Input
+from mig.stream.writer import StreamWriter
+from mig.wire import CommandType, SectionType
+
+#: what a postcopy survives: somebody can do something about it, and nobody else has the guest's
+#: memory. Anything else is a mistake of the program.
+_BREAKS = (MigError, OSError)
+
+
+#: what is written to, and what comes back
+Link: TypeAlias = tuple[StreamWriter, ReturnPath]
+
+
+class Owner(Protocol):
+    """What the phase needs of its migration."""
+
+    parameters: Parameters
+
+    def _move(self, input_: Input) -> None: ...
+
+    def _sleep_until_woken(self, seconds: float | None) -> None:
+        """Wait, but no longer than until there is news; raises when the connection broke."""
+
+    def _relink(self) -> Link:
+        """Wait for another URI, and connect to it."""
+
+    def _unlink(self) -> None:
+        """Let go of the connection."""
+
+    def _postcopy_saver(self, writer: StreamWriter) -> RamSaver: ...
+
+
+class PostcopyPhase:
+    """Runs from the switchover to the end.
+
+    background: whether pages that nobody waits for are sent, too
+    on_break:   told of what broke a connection, before the status says so; raises when the
+                postcopy was given up
+    """
+
+    def __init__(
+        self,
+        owner: Owner,
+        search: PageSearch,
+        requests: PageRequests,
+        *,
+        background: Callable[[], bool],
+        on_break: Callable[[MigError], None],
+    ) -> None:
+        self._owner = owner
+        self._search = search
+        self._requests = requests
+        self._background = background
+        self._on_break = on_break
+
+    def run(self, link: Link | None, package: bytes = b"") -> None:
+        """Send the rest, however often the connection breaks; return when all is confirmed.
+
+        link:    None when another process left the destination in postcopy
+        package: what has the destination run the guest, sent over `link`
+        """
+        while True:
+            try:
+                if link is None:
+                    link = self._owner._relink()
+                    self._resume(*link)
+                else:
+                    link[0].put(package)
+                    link[0].flush()
+                self._send_rest(*link)
+                return
+            except _BREAKS as error:
+                self._on_break(as_mig_error(error))
+            self._owner._unlink()
+            self._requests.clear()
+            link = None
+            self._owner._move(Input.INTERRUPT)
+
+    def _send_rest(self, writer: StreamWriter, return_path: ReturnPath) -> None:
+        saver = self._owner._postcopy_saver(writer)
+        PostcopySender(
+            self._search,
+            self._requests,
+            saver,
+            bandwidth=lambda: self._owner.parameters.max_postcopy_bandwidth,
+            background=self._background,
+            sleep=self._owner._sleep_until_woken,
+        ).run()
+        return_path.may_confirm = True
+        saver.end()
+        writer.put(bytes([SectionType.EOF]))
+        writer.flush()
+        return_path.wait_shut(self._owner.parameters.timeout)
+
+    def _resume(self, writer: StreamWriter, return_path: ReturnPath) -> None:
+        """Find out what the destination has, and go on; matches postcopy_do_resume()."""
+        timeout = self._owner.parameters.timeout
+        names = [block.idstr for block in self._search.blocks]
+        return_path.awaited.update(names)
+        for idstr in names:
+            writer.put(Command.recv_bitmap(idstr).encode())
+        writer.flush()
+        return_path.wait_until(lambda: not return_path.awaited, timeout)
+        for block in self._search.blocks:
+            received = _core.Bitmap.from_wire(block.pages.npages, return_path.bitmaps[block.idstr])
+            received.complement()
+            self._search.replace_dirty(block.idstr, received)
+        # the walk may have been broken off in the middle of a host page
+        self._search.rewind()
+        return_path.may_resume = True
+        writer.put(Command(CommandType.POSTCOPY_RESUME).encode())
+        writer.flush()
+        return_path.wait_until(lambda: return_path.resumed, timeout)
+        self._owner._move(Input.RESUMED)

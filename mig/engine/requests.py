@@ -1,0 +1,92 @@
+"""PageRequests: what a destination in postcopy waits for."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+
+from mig.engine.wake import Wake
+from mig.errors import StreamError
+from mig.ram.search import PageSearch, SourceBlock
+
+#: requests that may wait; a destination asks for each page once, so there can be one a page, but a
+#: guest has no more vCPUs and devices that stand still than this
+_MOST_WAITING = 1 << 16
+
+
+class PageRequests:
+    """A queue that the thread of the return path fills, and the one that sends empties.
+
+    wake: set when there is something in the queue
+    """
+
+    def __init__(self, search: PageSearch, wake: Wake) -> None:
+        self._search = search
+        self._wake = wake
+        self._lock = threading.Lock()
+        self._queue: deque[tuple[SourceBlock, int, int]] = deque()
+        self._last: SourceBlock | None = None
+        #: pages asked for so far
+        self.total = 0
+
+    def add(self, idstr: str | None, start: int, length: int) -> None:
+        """Queue a request; StreamError for one that cannot be.
+
+        idstr:  block, None: that of the last request
+        start, length: in bytes
+        """
+        block = self._find(idstr)
+        page_size = block.pages.page_size
+        if start % page_size or length % page_size or not length:
+            raise StreamError(
+                f"the destination asks for {length} bytes at {start:#x}: no whole pages",
+                block=block.idstr,
+            )
+        if start + length > block.pages.npages * page_size:
+            raise StreamError(
+                f"the destination asks for {length} bytes at {start:#x}, past the end of the block",
+                block=block.idstr,
+            )
+        with self._lock:
+            if len(self._queue) >= _MOST_WAITING:
+                raise StreamError("the destination asks for more pages than it can wait for")
+            self._queue.append((block, start // page_size, length // page_size))
+            self.total += length // page_size
+        self._wake.set()
+
+    def bitmap_nbytes(self, idstr: str) -> int:
+        """Bytes of the bitmap of a block on the return path; StreamError: no such block."""
+        try:
+            npages = self._search[idstr].pages.npages
+        except KeyError:
+            raise StreamError(f"the destination has a block '{idstr}', which is not here") from None
+        return -(-npages // 64) * 8
+
+    def _find(self, idstr: str | None) -> SourceBlock:
+        if idstr is not None:
+            try:
+                block = self._search[idstr]
+            except KeyError:
+                block = None
+            if block is None or self._search.ignores(block):
+                raise StreamError(f"the destination asks for pages of '{idstr}': no such block")
+            self._last = block
+        if self._last is None:
+            raise StreamError("the destination asks for pages of no block")
+        return self._last
+
+    def pop(self) -> tuple[SourceBlock, int, int] | None:
+        """Return block, first page, number of pages of the oldest request; None: there is none."""
+        with self._lock:
+            return self._queue.popleft() if self._queue else None
+
+    @property
+    def pending(self) -> bool:
+        """Whether somebody waits."""
+        return bool(self._queue)
+
+    def clear(self) -> None:
+        """Forget all: who asked is gone, and asks again when it is back."""
+        with self._lock:
+            self._queue.clear()
+            self._last = None
