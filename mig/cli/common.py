@@ -112,8 +112,8 @@ def say(text: str) -> None:
 def cancelled_by_signals(migration: Migration) -> Iterator[None]:
     """SIGINT and SIGTERM cancel the migration instead of killing the process midway.
 
-    In postcopy a source gives up: the destination is then paused until somebody resumes it. At a
-    destination half of the guest would be lost: only the second signal ends the process.
+    In postcopy a source is given up: the destination is then paused until somebody resumes it. A
+    destination would lose half of the guest: only the second signal ends its process.
     """
     warned = False
 
