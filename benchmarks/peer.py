@@ -52,6 +52,8 @@ class _MemoryOnly(mig.MemoryGuest):
 class _Nothing:
     """Takes any VM as StreamCapture does, but into /dev/null: all that is left is to read it."""
 
+    uuid = None
+
     def __init__(self) -> None:
         self._fd = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
         self._log: _core.PageLog | None = None

@@ -120,7 +120,10 @@ class Code:
         library = str(folder / "peers.so")
         source = str(_HERE / "peers.c")
         subprocess.run([*compiler, *_PEERS_FLAGS, "-c", source, "-o", objects[0]], check=True)
-        subprocess.run([*compiler, *_CSRC_FLAGS, "-shared", *objects, "-o", library], check=True)
+        codecs = ["-lz", "-lzstd"]
+        subprocess.run(
+            [*compiler, *_CSRC_FLAGS, "-shared", *objects, *codecs, "-o", library], check=True
+        )
         self._library = ctypes.CDLL(library)
         self.plain = _peer("plain C", self._library, 1)
         self._caches: list[Callable[[], object]] = []
