@@ -4,7 +4,6 @@
 
 #include <stdlib.h>
 #include <string.h>
-#include <time.h>
 
 #include "endian.h"
 #include "multifd.h"
@@ -98,14 +97,6 @@ void mig_adaptive_lane_close(struct mig_adaptive_lane *l)
     free(l->deltas);
     free(l->plain);
     free(l->coded);
-}
-
-static double now(void)
-{
-    struct timespec t;
-
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (double)t.tv_sec + (double)t.tv_nsec * 1e-9;
 }
 
 /* A mean that forgets. */
@@ -205,10 +196,10 @@ static void add_page(struct mig_adaptive_lane *l, struct packet *p, const uint8_
 
 static int64_t compress(struct mig_adaptive_lane *l, size_t nbytes)
 {
-    double began = now(), seconds;
+    double began = mig_now(), seconds;
     int64_t coded = mig_encode(&l->zstd, l->plain, nbytes, l->coded, l->max_coded);
 
-    seconds = now() - began;
+    seconds = mig_now() - began;
     if (coded >= 0) {
         learn(&l->ratio, (double)coded / (double)nbytes);
         if (seconds > 0) {

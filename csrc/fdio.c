@@ -91,18 +91,22 @@ void mig_iov_skip(struct iovec **iov, size_t *niov, size_t n)
     }
 }
 
-int64_t mig_fd_readv(const struct mig_fd *f, struct iovec *iov, size_t niov)
+typedef ssize_t (*some_fn)(const struct mig_fd *f, struct iovec *iov, size_t niov);
+
+/* Reads (POLLIN) or writes (POLLOUT) all; reading ends at the end of the file. */
+static int64_t move_all(const struct mig_fd *f, struct iovec *iov, size_t niov, some_fn some,
+                        short events)
 {
     int64_t total = 0;
 
     while (niov) {
-        ssize_t n = read_some(f, iov, niov < MAX_IOV ? niov : MAX_IOV);
+        ssize_t n = some(f, iov, niov < MAX_IOV ? niov : MAX_IOV);
 
-        if (n == 0) {
+        if (n == 0 && events == POLLIN) {
             break;
         }
         if (n < 0) {
-            int rc = must_wait(errno) ? wait_for(f, POLLIN) : errno == EINTR ? 0 : -errno;
+            int rc = must_wait(errno) ? wait_for(f, events) : errno == EINTR ? 0 : -errno;
 
             if (rc < 0) {
                 return rc;
@@ -115,23 +119,12 @@ int64_t mig_fd_readv(const struct mig_fd *f, struct iovec *iov, size_t niov)
     return total;
 }
 
+int64_t mig_fd_readv(const struct mig_fd *f, struct iovec *iov, size_t niov)
+{
+    return move_all(f, iov, niov, read_some, POLLIN);
+}
+
 int64_t mig_fd_writev(const struct mig_fd *f, struct iovec *iov, size_t niov)
 {
-    int64_t total = 0;
-
-    while (niov) {
-        ssize_t n = write_some(f, iov, niov < MAX_IOV ? niov : MAX_IOV);
-
-        if (n < 0) {
-            int rc = must_wait(errno) ? wait_for(f, POLLOUT) : errno == EINTR ? 0 : -errno;
-
-            if (rc < 0) {
-                return rc;
-            }
-            continue;
-        }
-        total += n;
-        mig_iov_skip(&iov, &niov, (size_t)n);
-    }
-    return total;
+    return move_all(f, iov, niov, write_some, POLLOUT);
 }

@@ -3,7 +3,6 @@
  * there. See multifd.h. */
 #include <stdlib.h>
 #include <string.h>
-#include <time.h>
 
 #include "endian.h"
 #include "multifd.h"
@@ -293,15 +292,6 @@ static int64_t compress(struct lane *l, const struct mig_mfd_job *job)
     return mig_encode(&l->coder, l->plain, l->packet.normal * page_size, l->coded, l->max_coded);
 }
 
-/* Seconds on a clock. */
-static double now(void)
-{
-    struct timespec t;
-
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (double)t.tv_sec + (double)t.tv_nsec * 1e-9;
-}
-
 /* The pages each in its own way; returns how many iovecs there are. */
 static int64_t adapt(struct lane *l, const struct mig_mfd_job *job)
 {
@@ -327,19 +317,22 @@ static int64_t send_packet(struct lane *l, size_t niov)
 {
     struct mig_mfd_packet *p = &l->packet;
     int64_t head, rest;
-    double began;
 
     p->number = __atomic_fetch_add(&l->s->packet_number, 1, __ATOMIC_RELAXED);
     mig_mfd_put(p, l->s->page_size, l->head);
     l->iov[0] = (struct iovec){.iov_base = l->head,
                                .iov_len = mig_mfd_packet_nbytes(l->s->page_size)};
-    if (!l->s->zero_copy) {
-        began = now();
+    if (l->s->codec == MIG_CODEC_ADAPTIVE) {
+        double began = mig_now();
+
         rest = mig_fd_writev(l->fd, l->iov, niov);
         if (rest > 0) {
-            mig_adaptive_sent(&l->adaptive, (size_t)rest, now() - began);
+            mig_adaptive_sent(&l->adaptive, (size_t)rest, mig_now() - began);
         }
         return rest;
+    }
+    if (!l->s->zero_copy) {
+        return mig_fd_writev(l->fd, l->iov, niov);
     }
     /* the header is written anew for the next packet: only pages may be taken from where they are */
     head = mig_zero_copy_put(&l->zero_copy, l->iov, 1);

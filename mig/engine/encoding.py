@@ -14,6 +14,7 @@ from mig.ram.encode import PageEncoder, PlainEncoder, RecordWriter, ZeroFinder
 from mig.ram.search import PageSearch
 from mig.stats import RamCounters
 from mig.stream.writer import StreamWriter
+from mig.wire import DEFAULT_PAGE_BITS
 
 
 def adapts(parameters: Parameters) -> bool:
@@ -58,12 +59,12 @@ class Encoding:
         records, zeros = self._records(writer)
         encoder: PageEncoder = PlainEncoder(records, zeros, self._counters)
         if Capability.COMPRESS in self._capabilities:
-            parameters = self._parameters()
+            parameters, listed = self._parameters(), self._search.listed
             encoder = CompressEncoder(
                 records,
                 zeros,
                 self._counters,
-                page_size=self._search.listed[0].pages.page_size if self._search.listed else 4096,
+                page_size=listed[0].pages.page_size if listed else 1 << DEFAULT_PAGE_BITS,
                 nthreads=parameters.compress_threads,
                 level=parameters.compress_level,
                 waits=lambda: self._parameters().compress_wait_thread,
