@@ -263,28 +263,55 @@ int mig_pagefile_write(struct mig_pagefile_writer *w, const struct mig_pagefile_
     return next_buffer(w);
 }
 
+/* ---- pages that come one by one ------------------------------------------------------------- */
+
+int mig_pagefile_expect(struct mig_pagefile_writer *w, const struct mig_pagefile_block *block)
+{
+    struct mig_pagefile_buffer *b = &w->buffers[w->current];
+    int rc = w->error;
+
+    if (rc == 0 && b->npages && (b->npages == w->capacity || b->block != block)) {
+        rc = next_buffer(w);
+    }
+    return rc;
+}
+
+uint8_t *mig_pagefile_slot(const struct mig_pagefile_writer *w, size_t k)
+{
+    const struct mig_pagefile_buffer *b = &w->buffers[w->current];
+
+    return b->npages + k < w->capacity ? b->bytes + (b->npages + k) * w->file->page_size : NULL;
+}
+
+bool mig_pagefile_takes(const struct mig_pagefile_writer *w,
+                        const struct mig_pagefile_block *block, uint64_t page)
+{
+    return !is_under_way(w, block, page);
+}
+
+int mig_pagefile_landed(struct mig_pagefile_writer *w, const struct mig_pagefile_block *block,
+                        uint64_t page)
+{
+    struct mig_pagefile_buffer *b = &w->buffers[w->current];
+
+    b->block = block;
+    b->page[b->npages++] = page;
+    note(block, page);
+    return b->npages == w->capacity ? next_buffer(w) : 0;
+}
+
 /* ---- bursts --------------------------------------------------------------------------------- */
 
 static int put_page(struct mig_pagefile_writer *w, const struct mig_pagefile_block *block,
                     uint64_t page, const uint8_t *bytes)
 {
-    struct mig_pagefile_buffer *b = &w->buffers[w->current];
-    int rc = w->error;
+    int rc = is_under_way(w, block, page) ? mig_pagefile_flush(w) : mig_pagefile_expect(w, block);
 
-    if (rc == 0 && is_under_way(w, block, page)) {
-        rc = mig_pagefile_flush(w);
-    } else if (rc == 0 && b->npages && (b->npages == w->capacity || b->block != block)) {
-        rc = next_buffer(w);
-    }
     if (rc < 0) {
         return rc;
     }
-    b = &w->buffers[w->current];
-    b->block = block;
-    b->page[b->npages] = page;
-    memcpy(b->bytes + b->npages++ * w->file->page_size, bytes, w->file->page_size);
-    note(block, page);
-    return 0;
+    memcpy(mig_pagefile_slot(w, 0), bytes, w->file->page_size);
+    return mig_pagefile_landed(w, block, page);
 }
 
 /* What the file has of a page, into `bytes`. */

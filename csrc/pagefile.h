@@ -58,6 +58,14 @@ int mig_pagefile_write(struct mig_pagefile_writer *w, const struct mig_pagefile_
 /* Puts the parser's last burst, inflated, into the file, in order. 0, -errno, or at record `wrong`
  * MIG_E_RAM_BAD_FILL or MIG_E_XBZRLE_*. */
 int mig_pagefile_put(struct mig_pagefile_writer *w, struct mig_ram_parser *p, const uint8_t *buf);
+/* For pages that come one by one: makes room for pages of a block; where the k-th next goes, NULL:
+ * the buffer is full; whether this page can be next; it is there. */
+int mig_pagefile_expect(struct mig_pagefile_writer *w, const struct mig_pagefile_block *block);
+uint8_t *mig_pagefile_slot(const struct mig_pagefile_writer *w, size_t k);
+bool mig_pagefile_takes(const struct mig_pagefile_writer *w,
+                        const struct mig_pagefile_block *block, uint64_t page);
+int mig_pagefile_landed(struct mig_pagefile_writer *w, const struct mig_pagefile_block *block,
+                        uint64_t page);
 /* All that was put stands in the file when this returns. */
 int mig_pagefile_flush(struct mig_pagefile_writer *w);
 

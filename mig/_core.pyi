@@ -282,6 +282,13 @@ class Descriptor:
     def readinto(self, data: Buffer, start: int, at_least: int) -> int: ...
     def send(self, out: OutQueue) -> int: ...
 
+def land_in_memory(
+    fd: Descriptor, parser: RamParser, pages: Pages, received: Bitmap, data: Buffer, held: int
+) -> tuple[int, int, bool] | None: ...
+def land_in_file(
+    fd: Descriptor, parser: RamParser, file: PageFile, data: Buffer, held: int
+) -> tuple[int, int, bool] | None: ...
+
 MULTIFD: Final[dict[str, int]]
 MULTIFD_FLAGS: Final[dict[str, int]]
 

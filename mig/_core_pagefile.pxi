@@ -18,6 +18,7 @@ cdef extern from "pagefile.h" nogil:
     void mig_pagefile_close(mig_pagefile_writer *w)
     int mig_pagefile_put(mig_pagefile_writer *w, mig_ram_parser *p, const uint8_t *buf)
     int mig_pagefile_flush(mig_pagefile_writer *w)
+    int mig_pagefile_expect(mig_pagefile_writer *w, const mig_pagefile_block *block)
 
 
 @cython.final

@@ -63,6 +63,16 @@ class MappedCapture(Capture):
         assert self._pages is not None
         self._pages.put(data, start, parser)
 
+    def land(
+        self, parser: _core.RamParser, fd: _core.Descriptor, data: bytearray, held: int
+    ) -> tuple[int, int, bool] | None:
+        """Read pages straight to where they are written from."""
+        # with postcopy two connections may bring some
+        if self._pages is None or self._received is not None:
+            return None
+        with self._file.naming():
+            return _core.land_in_file(fd, parser, self._pages, data, held)
+
     def _serve_lanes(self, receiver: _core.MultifdReceiver) -> None:
         assert self._pages is not None
         receiver.to_file(self._pages)
