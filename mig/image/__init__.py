@@ -1,6 +1,7 @@
 """Captured VMs: files that hold a whole stream."""
 
-from mig.image.capture import StreamCapture
+from mig.image.mappedcapture import MappedCapture
 from mig.image.stream import StreamImage, open_image
+from mig.image.streamcapture import StreamCapture
 
-__all__ = ["StreamCapture", "StreamImage", "open_image"]
+__all__ = ["MappedCapture", "StreamCapture", "StreamImage", "open_image"]

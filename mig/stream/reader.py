@@ -7,7 +7,7 @@ reads never changes what is read.
 from __future__ import annotations
 
 import struct
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from mig.errors import StreamError, TruncatedError
 
@@ -29,6 +29,14 @@ class Source(Protocol):
 
         Returns the number of bytes; fewer than ``at_least`` mean end of stream.
         """
+
+
+@runtime_checkable
+class SeekableSource(Source, Protocol):
+    """A source that can leave bytes out without reading them: a file."""
+
+    def skip(self, nbytes: int) -> None:
+        """Go so many bytes forward; where the source ends before, the next read tells."""
 
 
 class StreamReader:
@@ -93,6 +101,26 @@ class StreamReader:
         if nbytes > self._end - self._start:
             raise ValueError(f"{nbytes} bytes of {self._end - self._start}")
         self._start += nbytes
+
+    def skip_to(self, offset: int, what: str) -> None:
+        """Go on at that offset, not before this one; what lies between is not read.
+
+        TruncatedError, which names ``what``, when the stream is known to end before.
+        """
+        nbytes = offset - self.offset
+        if nbytes < 0:
+            raise ValueError(f"{offset} is behind the cursor")
+        step = min(nbytes, self.available)
+        self._start += step
+        nbytes -= step
+        if not nbytes:
+            return
+        if self.source is None:
+            self.need(nbytes, what)
+        if not isinstance(self.source, SeekableSource):
+            raise self.error(f"{what} can only be passed over in a file")
+        self.source.skip(nbytes)
+        self._base += nbytes
 
     def take(self, limit: int) -> bytes:
         """Consume and return what is there without asking the source, ``limit`` bytes at most."""
