@@ -45,7 +45,7 @@ from mig.engine import (
 )
 from mig.errors import MigError
 from mig.guest import DestinationGuest, MemoryGuest, ProcessGuest, SourceGuest, UnpluggingGuest
-from mig.image import StreamCapture, StreamImage, open_image
+from mig.image import Image, MappedImage, StreamCapture, StreamImage, open_image
 from mig.memory import GuestMemory, RamBlock
 from mig.options import Capability, Parameters
 from mig.savevm.registry import DeviceRegistry
@@ -65,7 +65,9 @@ __all__ = [
     "DeviceRegistry",
     "DirtyLog",
     "GuestMemory",
+    "Image",
     "IncomingMigration",
+    "MappedImage",
     "MemoryGuest",
     "MigError",
     "Moment",

@@ -81,6 +81,7 @@ class Pages:
         page_size: int,
         *,
         where: PagePlaces | None = None,
+        stored: Bitmap | None = None,
         writable: bool = False,
     ) -> Self: ...
     @property
@@ -272,6 +273,25 @@ class Descriptor:
     ) -> Self: ...
     def readinto(self, data: Buffer, start: int, at_least: int) -> int: ...
     def send(self, out: OutQueue) -> int: ...
+
+@final
+class PageFile:
+    def __new__(cls, fd: int, *, direct_fd: int = -1, nthreads: int = 1) -> Self: ...
+    def write(
+        self, pages: Pages, index: PageIndex, zero: Bitmap | None, stored: Bitmap, offset: int
+    ) -> int: ...
+    def read(
+        self,
+        pages: Pages,
+        stored: Bitmap,
+        first: int,
+        end: int,
+        offset: int,
+        *,
+        fresh: bool = False,
+    ) -> int: ...
+    def read_bitmap(self, nbits: int, offset: int) -> Bitmap: ...
+    def put(self, data: Buffer, offset: int) -> None: ...
 
 MULTIFD: Final[dict[str, int]]
 MULTIFD_FLAGS: Final[dict[str, int]]

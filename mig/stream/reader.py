@@ -65,6 +65,7 @@ class StreamReader:
         self._eof = source is None
         #: idstr of the section being read, for errors
         self.section: str | None = None
+        self._skipped = 0
         if source is not None:
             self.buffer = bytearray(buffer_size)
 
@@ -85,6 +86,11 @@ class StreamReader:
     def offset(self) -> int:
         """Stream offset of the next byte to be read."""
         return self._base + self._start
+
+    @property
+    def nread(self) -> int:
+        """Bytes before the next one that were read, not passed over."""
+        return self.offset - self._skipped
 
     @property
     def window(self) -> tuple[int, int]:
@@ -121,6 +127,7 @@ class StreamReader:
             raise self.error(f"{what} can only be passed over in a file")
         self.source.skip(nbytes)
         self._base += nbytes
+        self._skipped += nbytes
 
     def take(self, limit: int) -> bytes:
         """Consume and return what is there without asking the source, ``limit`` bytes at most."""
