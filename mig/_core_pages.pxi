@@ -31,6 +31,7 @@ cdef page_numbers(index):
 
 
 @cython.final
+@cython.no_gc  # so that the words of stored are there as long as pages
 cdef class Pages:
     """The pages of one RAM block in a pinned buffer.
 
