@@ -175,7 +175,10 @@ class IncomingMigration(Migration):
             channel = self._listener.accept(self._cancel, self.parameters.timeout)
             if Capability.MAPPED_RAM in self.capabilities:
                 self._mapped = self._open_mapped(channel)
-            reader = StreamReader(channel)
+                # what is read ahead is mostly pages, which are read again to where they belong
+                reader = StreamReader(channel, buffer_size=1 << 14)
+            else:
+                reader = StreamReader(channel)
             if Capability.POSTCOPY_PREEMPT in self.capabilities:
                 self._urgent = UrgentChannel(self._listener, self._urgent_ended)
             else:

@@ -70,6 +70,9 @@ class MappedImage(Image):
         offset: int = 0,
         page_size: int = 1 << DEFAULT_PAGE_BITS,
     ) -> None:
+        # a mapping that has zeros where the file still has what pages were that have become zero
+        self._corrected: mmap.mmap | None = None
+        self._is_checked = False
         super().__init__(path, offset)
         bitmaps = _Bitmaps(self._file.fileno(), MappedFile(offset, len(self._map)))
         self._load(Contents(), offset, page_size, bitmaps)
@@ -79,9 +82,6 @@ class MappedImage(Image):
         except BaseException:
             self.close()
             raise
-        # a mapping that has zeros where the file still has what pages were that have become zero
-        self._corrected: mmap.mmap | None = None
-        self._is_checked = False
 
     def _check_tail(self, offset: int) -> None:
         """StreamError when a bitmap lies in what is behind RAM, whose length is known only now."""
@@ -195,8 +195,8 @@ class MappedImage(Image):
                 where = np.zeros(npages, dtype=np.int64)
                 pages = _core.Pages(b"", self.page_size, where=where)
             else:
-                with self._region(number, self._view) as region:
-                    pages = _core.Pages(region, self.page_size, stored=stored)
+                region = self._region(number, self._view)
+                pages = _core.Pages(region, self.page_size, stored=stored)
             self._handed_out.append(pages)
             out.append(
                 SourceBlock(

@@ -89,7 +89,7 @@ class StreamReader:
 
     @property
     def nread(self) -> int:
-        """Bytes before the next one that were read, not passed over."""
+        """Bytes before the next one but for those that were passed over."""
         return self.offset - self._skipped
 
     @property
@@ -116,6 +116,7 @@ class StreamReader:
         nbytes = offset - self.offset
         if nbytes < 0:
             raise ValueError(f"{offset} is behind the cursor")
+        self._skipped += nbytes
         step = min(nbytes, self.available)
         self._start += step
         nbytes -= step
@@ -127,7 +128,6 @@ class StreamReader:
             raise self.error(f"{what} can only be passed over in a file")
         self.source.skip(nbytes)
         self._base += nbytes
-        self._skipped += nbytes
 
     def take(self, limit: int) -> bytes:
         """Consume and return what is there without asking the source, ``limit`` bytes at most."""
