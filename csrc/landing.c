@@ -50,17 +50,17 @@ void mig_land_in_memory(struct mig_landing *l, const struct mig_pages *pages, ui
 
 static uint8_t *file_slot(const struct mig_landing *l, size_t k)
 {
-    return mig_pagefile_slot(l->writer, k);
+    return mig_mappedlog_slot(l->writer, k);
 }
 
 static bool file_takes(const struct mig_landing *l, uint64_t page)
 {
-    return page < l->npages && mig_pagefile_takes(l->writer, l->block, page);
+    return page < l->npages && mig_mappedlog_takes(l->writer, l->block, page);
 }
 
 static int file_landed(struct mig_landing *l, uint64_t page)
 {
-    return mig_pagefile_landed(l->writer, l->block, page);
+    return mig_mappedlog_landed(l->writer, l->block, page);
 }
 
 static void file_undo(uint8_t *slot, size_t nbytes)
@@ -70,8 +70,8 @@ static void file_undo(uint8_t *slot, size_t nbytes)
     (void)nbytes;
 }
 
-void mig_land_in_file(struct mig_landing *l, struct mig_pagefile_writer *w,
-                      const struct mig_pagefile_block *block, uint64_t npages)
+void mig_land_in_file(struct mig_landing *l, struct mig_mappedlog_writer *w,
+                      const struct mig_mappedlog_block *block, uint64_t npages)
 {
     *l = (struct mig_landing){
         .slot = file_slot,

@@ -8,7 +8,7 @@
 #define MIG_LANDING_H
 
 #include "mig.h"
-#include "pagefile.h"
+#include "mappedlog.h"
 
 /* Where the next pages go. */
 struct mig_landing {
@@ -25,16 +25,16 @@ struct mig_landing {
     uint64_t next;   /* memory: the page that is expected */
     const struct mig_pages *pages;
     uint64_t *received;
-    struct mig_pagefile_writer *writer; /* a file */
-    const struct mig_pagefile_block *block;
+    struct mig_mappedlog_writer *writer; /* a file */
+    const struct mig_mappedlog_block *block;
 };
 
 /* Into memory whose bit in `received` is clear where it reads as zeros; from page `next` on. */
 void mig_land_in_memory(struct mig_landing *l, const struct mig_pages *pages, uint64_t *received,
                         uint64_t npages, uint64_t next);
 /* Into a file, any page of the block. */
-void mig_land_in_file(struct mig_landing *l, struct mig_pagefile_writer *w,
-                      const struct mig_pagefile_block *block, uint64_t npages);
+void mig_land_in_file(struct mig_landing *l, struct mig_mappedlog_writer *w,
+                      const struct mig_mappedlog_block *block, uint64_t npages);
 
 struct mig_landed {
     uint64_t npages;   /* that are where they belong */

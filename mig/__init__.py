@@ -45,7 +45,14 @@ from mig.engine import (
 )
 from mig.errors import MigError
 from mig.guest import DestinationGuest, MemoryGuest, ProcessGuest, SourceGuest, UnpluggingGuest
-from mig.image import MappedCapture, StreamCapture, StreamImage, open_image
+from mig.image import (
+    Image,
+    MappedCapture,
+    MappedImage,
+    StreamCapture,
+    StreamImage,
+    open_image,
+)
 from mig.memory import GuestMemory, RamBlock
 from mig.options import Capability, Parameters
 from mig.savevm.registry import DeviceRegistry
@@ -65,8 +72,10 @@ __all__ = [
     "DeviceRegistry",
     "DirtyLog",
     "GuestMemory",
+    "Image",
     "IncomingMigration",
     "MappedCapture",
+    "MappedImage",
     "MemoryGuest",
     "MigError",
     "Moment",

@@ -10,8 +10,8 @@ cdef extern from "landing.h" nogil:
 
     void mig_land_in_memory(mig_landing *l, const mig_pages *pages, uint64_t *received,
                             uint64_t npages, uint64_t next)
-    void mig_land_in_file(mig_landing *l, mig_pagefile_writer *w,
-                          const mig_pagefile_block *block, uint64_t npages)
+    void mig_land_in_file(mig_landing *l, mig_mappedlog_writer *w,
+                          const mig_mappedlog_block *block, uint64_t npages)
     int mig_land(const mig_fd *fd, mig_landing *l, uint8_t *buf, size_t held, size_t capacity,
                  mig_landed *result)
     bint mig_land_likely(const mig_ram_parser *p, bint ordered)
@@ -61,17 +61,17 @@ def land_in_memory(Descriptor fd not None, RamParser parser not None, Pages page
         pages.pins -= 1
 
 
-def land_in_file(Descriptor fd not None, RamParser parser not None, PageFile file not None,
+def land_in_file(Descriptor fd not None, RamParser parser not None, MappedLog file not None,
                  data, size_t held):
     """The same into a file of the parser's blocks, for any pages; no other thread may put any."""
     cdef mig_ram_parser *p = &parser.c
     cdef mig_landing landing
-    cdef const mig_pagefile_block *block
+    cdef const mig_mappedlog_block *block
     if not mig_land_likely(p, False):
         return None
     if file.parser is not parser:
         raise ValueError("a parser of other blocks")
     block = &file.blocks[p.current]
-    check(mig_pagefile_expect(&file.writer, block))
+    check(mig_mappedlog_expect(&file.writer, block))
     mig_land_in_file(&landing, &file.writer, block, p.blocks[p.current].npages)
     return _land_on(fd, &landing, data, held)

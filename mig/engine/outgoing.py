@@ -36,6 +36,7 @@ from mig.errors import (
 from mig.events import Event, PassStarted
 from mig.guest import SourceGuest, UnpluggingGuest
 from mig.options import (
+    AGREED,
     OUTGOING_CAPABILITIES,
     Capability,
     MigMode,
@@ -203,7 +204,7 @@ class OutgoingMigration(PostcopySource):
         self._notify(Moment.SETUP)
         search, encoding = self._prepare_search()
         self._send_start(channel, writer)
-        encoder = self._choose_encoder(writer, search, encoding)
+        encoder = self._choose_encoder(channel, writer, search, encoding)
         saver = self._saver = self._make_saver(writer, encoder)
         saver.start()
         self._become_active()
@@ -253,8 +254,10 @@ class OutgoingMigration(PostcopySource):
         return saver
 
     def _choose_encoder(
-        self, writer: StreamWriter, search: PageSearch, encoding: Encoding
+        self, channel: Channel, writer: StreamWriter, search: PageSearch, encoding: Encoding
     ) -> PageEncoder:
+        if Capability.MAPPED_RAM in self.capabilities:
+            return encoding.mapped(channel)
         if Capability.MULTIFD not in self.capabilities or not search.listed:
             return encoding.main_stream(writer)
         if adapts(self.parameters):
@@ -340,8 +343,8 @@ class OutgoingMigration(PostcopySource):
         if configuration is not None:
             if Capability.VALIDATE_UUID not in self.capabilities:
                 configuration = replace(configuration, uuid=None)
-            agreed = (str(Capability.X_IGNORE_SHARED),) if self._ignores_shared else None
-            writer.put(replace(configuration, capabilities=agreed).encode())
+            agreed = tuple(str(name) for name in AGREED if name in self.capabilities)
+            writer.put(replace(configuration, capabilities=agreed or None).encode())
         if uses_return_path(self.capabilities):
             self._open_return_path(channel)
             writer.put(Command(CommandType.OPEN_RETURN_PATH).encode())
@@ -541,7 +544,7 @@ class OutgoingMigration(PostcopySource):
             downtime_bytes=standing - running,
             postcopy_bytes=transferred - standing,
             postcopy_requests=self._requests.total if self._requests is not None else 0,
-            multifd_bytes=beside,
+            multifd_bytes=beside if Capability.MULTIFD in self.capabilities else 0,
             dirty_sync_missed_zero_copy=self._lanes.copied if self._lanes else 0,
         )
         if precopy is None:

@@ -180,3 +180,13 @@ class LaneTarget(Protocol):
 
         section_id: of `ram`
         """
+
+
+@runtime_checkable
+class MappedTarget(Protocol):
+    """What a DestinationGuest needs besides for capability mapped-ram."""
+
+    def mapped_blocks(self) -> Sequence[tuple[_core.Pages, bool]]:
+        """Return where the pages of each block go, in the order of the block list, and whether
+        all of them are zero as yet. Follows open_blocks(), once.
+        """

@@ -224,6 +224,10 @@ class MemoryGuest:
             else:
                 receiver.to_memory(number, pages, received, fresh)
 
+    def mapped_blocks(self) -> Sequence[tuple[_core.Pages, bool]]:
+        """Have a file's pages read straight into memory."""
+        return [(pages, fresh) for pages, _, fresh in self._loading]
+
     def ram_started(self, section_id: int, footers: bool) -> None:
         """Nothing to note."""
 

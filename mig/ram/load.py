@@ -8,6 +8,7 @@ from typing import Protocol, runtime_checkable
 
 from mig import _core
 from mig.errors import MismatchError, StreamError, UnsupportedError
+from mig.mapped import MappedFile
 from mig.records import BlockInfo, BlockList
 from mig.stats import RamCounters
 from mig.stream.reader import StreamReader
@@ -58,6 +59,17 @@ class PageLanes(Protocol):
         """The section has ended: from now on they bring nothing."""
 
 
+class MappedPages(Protocol):
+    """Pages that have their places in the file that the stream is in (mapped-ram)."""
+
+    @property
+    def file(self) -> MappedFile:
+        """The file."""
+
+    def load(self, blocks: Sequence[BlockInfo], page_size: int) -> tuple[int, int]:
+        """Load all pages; returns how many there were, and how many of them are zero."""
+
+
 class RamLoader:
     """Reads payloads of the `ram` section of one stream.
 
@@ -71,6 +83,7 @@ class RamLoader:
     section_id: of `ram`
     lanes:      None: pages come on the main stream only
     sync_every_section: whether the lanes are synchronised where a section ends
+    mapped:     loads the pages of a stream with mapped-ram, which has none itself
     """
 
     def __init__(
@@ -86,7 +99,9 @@ class RamLoader:
         sync_every_section: bool = False,
         addresses: bool = False,
         host_pages: bool = False,
+        mapped: MappedPages | None = None,
     ) -> None:
+        self._mapped = mapped
         self._section_id = section_id
         self._lanes = lanes
         self._sync_every_section = sync_every_section
@@ -146,6 +161,7 @@ class RamLoader:
             self._page_size,
             addresses=self._addresses,
             host_pages=self._host_pages,
+            mapped=None if self._mapped is None else self._mapped.file,
         )
         self.blocks = listed.blocks
         try:
@@ -160,6 +176,9 @@ class RamLoader:
         self._parser = self._new_parser()
         if self._lanes is not None:
             self._lanes.open(self._parser, self._section_id)
+        if self._mapped is not None:
+            npages, nzero = self._mapped.load(self.blocks, self._page_size)
+            self._counters.add(npages, nzero)
 
     def _load_pages(self, parser: _core.RamParser) -> None:
         """The hot loop: every turn parses and places one burst, a buffer full if it is there."""
@@ -171,6 +190,8 @@ class RamLoader:
                 stop = parser.parse(reader.buffer, start, end)
             except _core.RamRecordError as error:
                 raise self._wrong_record(parser, str(error)) from error
+            if parser.npages and self._mapped is not None:
+                raise reader.error("RAM record of a page in a stream with mapped-ram")
             try:
                 sink.put(parser, reader.buffer, start)
             except MemoryError as error:

@@ -77,6 +77,7 @@ class StreamReader:
         self._eof = source is None
         #: idstr of the section being read, for errors
         self.section: str | None = None
+        self._skipped = 0
         if source is not None:
             self.buffer = bytearray(buffer_size)
 
@@ -97,6 +98,11 @@ class StreamReader:
     def offset(self) -> int:
         """Stream offset of the next byte to be read."""
         return self._base + self._start
+
+    @property
+    def nread(self) -> int:
+        """Bytes before the next one but for those that were passed over."""
+        return self.offset - self._skipped
 
     @property
     def window(self) -> tuple[int, int]:
@@ -122,6 +128,7 @@ class StreamReader:
         nbytes = offset - self.offset
         if nbytes < 0:
             raise ValueError(f"{offset} is behind the cursor")
+        self._skipped += nbytes
         step = min(nbytes, self.available)
         self._start += step
         nbytes -= step

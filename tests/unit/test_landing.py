@@ -75,7 +75,7 @@ class File:
     def put(self, parser, data, start):
         if self.pages is None:
             offsets = list(self.offsets.values())
-            self.pages = _core.PageFile(
+            self.pages = _core.MappedLog(
                 self.file.fileno(), parser, offsets, direct_fd=self.direct_fd
             )
         self.pages.put(data, start)
