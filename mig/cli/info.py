@@ -24,8 +24,8 @@ _FORMATS = {"stream": "migration stream", "mapped-ram": "mapped-ram file"}
 def info(file: str | None, kernels: bool, as_json: bool) -> None:
     """Show what is in FILE: machine, RAM blocks, pages, zero share, devices.
 
-    FILE was written by `mig receive` or by QEMU itself (migrate to exec: or file:); it may be
-    given as file:PATH,offset=N.
+    FILE was written by `mig receive` or by QEMU itself (migrate to exec: or file:, also with
+    mapped-ram); it may be given as file:PATH,offset=N.
     """
     if kernels == (file is not None):
         raise click.UsageError("give FILE, or --kernels")
