@@ -34,6 +34,7 @@ except ModuleNotFoundError as _error:
     ) from None
 
 from mig import errors, xbzrle
+from mig.conversion import convert
 from mig.dirty import DirtyLog, SharedDirtyLog, WriteTracker
 from mig.engine import (
     Blockers,
@@ -93,6 +94,7 @@ __all__ = [
     "WriteTracker",
     "XbzrleCache",
     "__version__",
+    "convert",
     "errors",
     "is_zero",
     "open_image",

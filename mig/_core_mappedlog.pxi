@@ -50,7 +50,7 @@ cdef class MappedLog:
         self.present = tuple(Bitmap(n) for n in npages)
         self.written = tuple(Bitmap(n) for n in npages)
         self.blocks = <mig_mappedlog_block *>calloc(parser.c.nblocks or 1,
-                                                   sizeof(mig_mappedlog_block))
+                                                    sizeof(mig_mappedlog_block))
         if self.blocks == NULL:
             raise MemoryError
         for i in range(parser.c.nblocks):

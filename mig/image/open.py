@@ -23,19 +23,27 @@ def open_image(name: str | os.PathLike[str]) -> Image:
 
     A stream or a mapped-ram file, recognised by content.
     """
-    path, offset = name, 0
-    if isinstance(name, str) and name.startswith("file:"):
-        uri = parse_uri(name)
-        if not isinstance(uri, FileUri):
-            raise OptionError(f"'{name}' is not a file")
-        path, offset = uri.path, uri.offset
-    if Capability.MAPPED_RAM in _capabilities(path, offset):
+    path, offset = _split(name)
+    if Capability.MAPPED_RAM in stream_capabilities(name):
         return MappedImage(path, offset=offset)
     return StreamImage(path, offset=offset)
 
 
-def _capabilities(path: str | os.PathLike[str], offset: int) -> tuple[str, ...]:
-    """Return those that the stream names; none where it is no stream, as its reader will say."""
+def _split(name: str | os.PathLike[str]) -> tuple[str | os.PathLike[str], int]:
+    if not (isinstance(name, str) and name.startswith("file:")):
+        return name, 0
+    uri = parse_uri(name)
+    if not isinstance(uri, FileUri):
+        raise OptionError(f"'{name}' is not a file")
+    return uri.path, uri.offset
+
+
+def stream_capabilities(name: str | os.PathLike[str]) -> tuple[str, ...]:
+    """Return the capabilities that a file's stream names; none where it is no stream.
+
+    name: as of open_image(). ChannelError when it cannot be read.
+    """
+    path, offset = _split(name)
     try:
         with open(path, "rb") as file:  # noqa: PTH123
             start = os.pread(file.fileno(), _START, offset)
