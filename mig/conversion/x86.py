@@ -151,7 +151,7 @@ _LA57: Final = 1 << 12
 _OTHER_TABLES: Final = 1 << 12  # of cr3, with page-table isolation
 _LONG_MODE: Final = 1 << 10  # of efer
 #: page tables that are looked at; a kernel of gigabytes has hundreds
-_MAX_TABLES: Final = 1 << 16
+_MAX_TABLES: Final = 1 << 14
 
 
 @dataclass(frozen=True, slots=True)
