@@ -48,6 +48,7 @@ from mig.guest import DestinationGuest, MemoryGuest, ProcessGuest, SourceGuest, 
 from mig.image import StreamCapture, StreamImage, open_image
 from mig.memory import GuestMemory, RamBlock
 from mig.options import Capability, Parameters
+from mig.savevm import vmstate
 from mig.savevm.registry import DeviceRegistry
 from mig.state import Status
 from mig.zero import is_zero, zero_pages
@@ -87,6 +88,7 @@ __all__ = [
     "is_zero",
     "open_image",
     "restore",
+    "vmstate",
     "xbzrle",
     "zero_pages",
 ]
