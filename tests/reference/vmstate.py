@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from mig import vmstate
+from mig.errors import StreamError
 from mig.savevm.vmstate import Description, Field
 from mig.stream.reader import StreamReader
 
@@ -358,6 +359,14 @@ def state_before(idstr: str) -> dict[str, Any]:
         "0000:00:01.0/PIIX3": {"dev": {"version_id": 2}},
     }
     return states.get(idstr, {})
+
+
+def attempt(description: Description, payload: bytes, idstr: str) -> tuple[Any, StreamError | None]:
+    """What was loaded, or why not."""
+    try:
+        return description.load(payload, state_before(idstr)), None
+    except StreamError as error:
+        return None, error
 
 
 def description_of(idstr: str, version: tuple[int, int]) -> Description | None:

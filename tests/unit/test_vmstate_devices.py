@@ -76,7 +76,7 @@ def test_a_device_is_there_once():
 
 @pytest.mark.parametrize("options", [{"instance_id": -1}, {"instance_id": 1 << 32}, {"path": "ä"}])
 def test_a_device_that_cannot_be(options):
-    with pytest.raises(ValueError, match="is no idstr|32 bits"):
+    with pytest.raises(ValueError, match=r"is no idstr|32 bits"):
         DeviceRegistry().register(UART, state(), **options)
 
 
@@ -114,7 +114,8 @@ def test_an_unknown_section_is_refused_in_qemu_s_words():
     devices, uart = DeviceRegistry(), state()
     devices.register(UART, uart)
     made = [Device("uart", b"\0\x01", 1), Device("disk", b"", 2, 3)]
-    with pytest.raises(MismatchError, match="Unknown savevm section or instance 'disk' 3") as caught:
+    unknown = "Unknown savevm section or instance 'disk' 3"
+    with pytest.raises(MismatchError, match=unknown) as caught:
         devices.load(cut(stream.device_state(made), 1000))
     assert caught.value.section == "disk"
     # nothing was loaded before that was known
@@ -320,7 +321,8 @@ def test_early_devices_go_before_memory_and_are_described_at_the_end(made, tmp_p
 
 def test_early_devices_move_live(made):
     plugged, uart = state(), state()
-    move(made, Machine((UART, state(5)), (EARLY, state(6))), Machine((EARLY, plugged), (UART, uart)))
+    source = Machine((UART, state(5)), (EARLY, state(6)))
+    move(made, source, Machine((EARLY, plugged), (UART, uart)))
     assert (plugged.n, uart.n) == (6, 5)
 
 

@@ -9,6 +9,8 @@ from typing import Any
 
 #: stands for what a state does not have
 MISSING: Any = object()
+#: what a state may raise that does not take a value
+REFUSALS = (AttributeError, TypeError, ValueError, OverflowError, IndexError)
 
 
 def get(state: Any, path: str) -> Any:

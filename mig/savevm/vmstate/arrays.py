@@ -19,7 +19,6 @@ from mig.savevm.vmstate.structs import StructElement
 ElementKind = type[ScalarField] | Description | Element
 _NULL = Integer("nullptr", "B")
 _NULL_MARK, _VALID_MARK = 0x30, 0x31
-_SOME_ERRORS = (AttributeError, TypeError, ValueError, OverflowError, IndexError)
 
 
 def element_of(kind: ElementKind) -> Element:
@@ -127,14 +126,12 @@ class Array(Field):
         except ValueError as error:
             raise source.error(str(error)) from error
         values = self._get_all(source, old, state, length)
-        try:
-            if len(self._shape) > 1:
-                new = _nest(old, values, self._shape)
-            else:
-                new = access.refill(old, values, self._start)
-        except _SOME_ERRORS as error:
-            raise source.error(f"the state does not take it: {error}", offset=at) from error
-        self.store(source, state, new, at)
+        self.fill(source, state, at, lambda old: self._refilled(old, values))
+
+    def _refilled(self, old: Any, values: list[Any]) -> Any:
+        if len(self._shape) > 1:
+            return _nest(old, values, self._shape)
+        return access.refill(old, values, self._start)
 
     def _get_all(self, source: StateReader, old: Any, state: Any, length: int) -> list[Any]:
         element = self._element

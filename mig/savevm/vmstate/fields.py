@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, ClassVar
@@ -17,7 +18,6 @@ from mig.stream.reader import StreamReader
 Predicate = Callable[[Any, int], bool]
 #: how many: a number, or the attribute of the state that knows
 Count = int | str
-_SOME_ERRORS = (AttributeError, TypeError, ValueError, OverflowError, IndexError)
 
 
 class Field(ABC):
@@ -78,24 +78,32 @@ class Field(ABC):
         """Set it; MismatchError, with the offset ``at``, where the state does not take it."""
         try:
             access.put(state, self.attribute, value)
-        except _SOME_ERRORS as error:
+        except access.REFUSALS as error:
             reason = f"the state does not take {value!r:.40}: {error}"
             raise source.error(reason, offset=at) from error
+
+    def fill(self, source: StateReader, state: Any, at: int, fill: Callable[[Any], Any]) -> None:
+        """Set what ``fill`` returns for what the state has, unless that is the same object."""
+        old = access.get(state, self.attribute)
+        try:
+            new = fill(old)
+            if new is not old:
+                access.put(state, self.attribute, new)
+        except access.REFUSALS as error:
+            raise source.error(f"the state does not take it: {error}", offset=at) from error
 
 
 def known_count(count: Count, state: Any, maximum: int) -> int:
     """Return how many; ValueError if nobody knows, or past the limit."""
     if isinstance(count, int):
         return count
-    found = access.get(state, count)
-    if found is access.MISSING or not isinstance(found, int):
-        try:
-            found = found.__index__()
-        except AttributeError:
-            raise ValueError(f"'{count}', which says how many, is no number") from None
+    try:
+        found = operator.index(access.get(state, count))
+    except TypeError:
+        raise ValueError(f"'{count}', which says how many, is no number") from None
     if not 0 <= found <= maximum:
         raise ValueError(f"{found} of '{count}': 0 to {maximum} can be")
-    return int(found)
+    return found
 
 
 # ---- numbers ---------------------------------------------------------------------------------
@@ -314,11 +322,7 @@ class Buffer(Field):
         except ValueError as error:
             raise source.error(str(error)) from error
         data = source.read(nbytes)
-        try:
-            value = access.refill_bytes(access.get(state, self.attribute), data, self._start)
-        except _SOME_ERRORS as error:
-            raise source.error(f"the state does not take it: {error}", offset=at) from error
-        self.store(source, state, value, at)
+        self.fill(source, state, at, lambda old: access.refill_bytes(old, data, self._start))
 
 
 class Unused(Field):

@@ -162,7 +162,7 @@ class _Linked(Field):
             with source.at(f"[{len(values)}]"):
                 self._description.get(source, value, self._description.version)
             values.append(value)
-        self.store(source, state, access.refill(access.get(state, self.attribute), values), at)
+        self.fill(source, state, at, lambda old: access.refill(old, values))
 
 
 class TailQueue(_Linked):
