@@ -373,3 +373,91 @@ def description_of(idstr: str, version: tuple[int, int]) -> Description | None:
     """How that QEMU describes a device, None for one that is not here."""
     of_versions = {"globalstate": GLOBAL_STATE, "hpet": HPET}
     return of_versions[idstr][version] if idstr in of_versions else DEVICES.get(idstr)
+
+
+# ---- any device ------------------------------------------------------------------------------
+
+_NUMBERS = {
+    name: kind
+    for kind in (
+        *(vmstate.Int8, vmstate.Int16, vmstate.Int32, vmstate.Int64),
+        *(vmstate.UInt8, vmstate.UInt16, vmstate.UInt32, vmstate.UInt64),
+        *(vmstate.Bool, vmstate.Timer),
+    )
+    for name in (kind.element.type_name,)
+}
+
+
+def mirrored(said: dict[str, Any]) -> Description:
+    """A description of a state of which this is said: good for that state alone."""
+    fields: list[Field] = []
+    entries = said["fields"]
+    while entries:
+        like = [e for e in entries if e["name"] == entries[0]["name"]]
+        assert entries[: len(like)] == like, "an array is in one place"
+        # of a subsection, too, in one state; dots would lead on
+        attribute = f"{said['vmsd_name']} {len(fields)}".replace(".", " ")
+        fields.append(_mirrored_field(attribute, like))
+        entries = entries[len(like) :]
+    subsections = [mirrored(sub) for sub in said.get("subsections", ())]
+    return Description(
+        said["vmsd_name"], version=said["version"], fields=fields, subsections=subsections
+    )
+
+
+def _mirrored_field(attribute: str, entries: list[dict[str, Any]]) -> Field:
+    first, options = entries[0], {"attribute": attribute}
+    name, kind, nbytes = first["name"], first["type"], first["size"]
+    if len(entries) > 1:
+        return _Various(name, [mirrored(e["struct"]) for e in entries], **options)
+    if "index" in first:
+        raise AssertionError(f"{name} is an array of one")
+    element: Any = _NUMBERS.get(kind)
+    if kind == "struct":
+        element = mirrored(first["struct"])
+    if element is not None and "array_len" in first:
+        return vmstate.Array(name, element, first["array_len"], **options)
+    if isinstance(element, Description):
+        return vmstate.Struct(name, element, **options)
+    if element is not None:
+        return element(name, **options)
+    if kind == "buffer":
+        return vmstate.Buffer(name, nbytes, **options)
+    if kind == "unused_buffer":
+        return vmstate.Unused(nbytes, name=name)
+    if kind == "tmp":
+        return vmstate.Temporary(mirrored(first), lambda state: state.setdefault(attribute, {}))
+    assert "array_len" not in first, kind
+    return vmstate.Custom(
+        name, kind, save=lambda state: state[attribute], load=_take(attribute, nbytes)
+    )
+
+
+class _Various(vmstate.Array):
+    """An array of structs whose elements are not alike."""
+
+    def __init__(self, name: str, kinds: list[Description], **options: Any) -> None:
+        super().__init__(name, _Rotating(kinds), len(kinds), when=lambda *_: True, **options)
+
+
+class _Rotating(vmstate.Element):
+    """Elements that are described by one description after the other."""
+
+    type_name = "struct"
+    nested = True
+
+    def __init__(self, kinds: list[Description]) -> None:
+        self._kinds = kinds
+
+    def _next(self) -> Description:
+        self._kinds.append(self._kinds.pop(0))
+        return self._kinds[-1]
+
+    def put(self, out: vmstate.StateWriter, value: Any, body: vmstate.JsonObject) -> None:
+        self._next().put(out, value, body)
+
+    def get(self, source: vmstate.StateReader, old: Any, parent: Any) -> Any:
+        state: dict[str, Any] = {}
+        description = self._next()
+        description.get(source, state, description.version)
+        return state

@@ -84,6 +84,14 @@ def test_what_is_no_integer_is_refused(value):
     assert refused(of(vmstate.UInt8("n")), {"n": value}).field == "dev.n"
 
 
+def test_what_is_refused_is_shown_however_large_it_is():
+    # Python refuses to show an int of more than 4300 digits
+    description = of(vmstate.UInt8("n"), vmstate.Bitmap("b", "n"))
+    assert "an int of 40001 bits" in str(refused(description, {"n": 1 << 40000}))
+    assert "an int of 40001 bits" in str(refused(description, {"n": 1, "b": 1 << 40000}))
+    assert len(str(refused(description, {"n": "x" * 10000}))) < 100
+
+
 def test_a_state_that_lacks_a_field_is_refused():
     assert "the state has no 'n'" in str(refused(of(vmstate.UInt8("n")), SimpleNamespace()))
 

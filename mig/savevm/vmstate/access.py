@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,7 +16,7 @@ REFUSALS = (AttributeError, TypeError, ValueError, OverflowError, IndexError)
 def get(state: Any, path: str) -> Any:
     """Return an attribute (or item), MISSING where there is none; a path may have dots."""
     for name in path.split("."):
-        if isinstance(state, MutableMapping):
+        if isinstance(state, Mapping):
             state = state.get(name, MISSING)
         else:
             state = getattr(state, name, MISSING)
@@ -39,7 +39,14 @@ def put(state: Any, path: str, value: Any) -> None:
 
 def blank(parent: Any) -> Any:
     """Return a new state for what its description cannot make: like the one that it is part of."""
-    return {} if isinstance(parent, MutableMapping) else SimpleNamespace()
+    return {} if isinstance(parent, Mapping) else SimpleNamespace()
+
+
+def shown(value: Any) -> str:
+    """Return a value for an error, however large it is."""
+    if isinstance(value, int) and value.bit_length() > 128:
+        return f"an int of {value.bit_length()} bits"
+    return f"{value!r:.40}"
 
 
 def is_fixed(value: Any) -> bool:

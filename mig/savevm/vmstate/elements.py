@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from mig.errors import DeviceStateError
+from mig.savevm.vmstate.access import shown
 from mig.savevm.vmstate.describe import JsonObject
 from mig.savevm.vmstate.streams import StateReader, StateWriter
 
@@ -96,10 +97,10 @@ class Integer(Scalar):
         try:
             number = operator.index(value)
         except TypeError:
-            raise out.error(f"{value!r} is no {self.type_name}") from None
+            raise out.error(f"{shown(value)} is no {self.type_name}") from None
         if not self._low <= number <= self._high:
             raise out.error(
-                f"{number} is no {self.type_name}, which is {self._low} to {self._high}"
+                f"{shown(number)} is no {self.type_name}, which is {self._low} to {self._high}"
             )
         return number
 
@@ -132,7 +133,7 @@ class Double(Scalar):
         try:
             return float(value)
         except (TypeError, ValueError, OverflowError):
-            raise out.error(f"{value!r} is no {self.type_name}") from None
+            raise out.error(f"{shown(value)} is no {self.type_name}") from None
 
 
 class Expiry(Integer):

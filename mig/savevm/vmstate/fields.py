@@ -79,7 +79,7 @@ class Field(ABC):
         try:
             access.put(state, self.attribute, value)
         except access.REFUSALS as error:
-            reason = f"the state does not take {value!r:.40}: {error}"
+            reason = f"the state does not take {access.shown(value)}: {error}"
             raise source.error(reason, offset=at) from error
 
     def fill(self, source: StateReader, state: Any, at: int, fill: Callable[[Any], Any]) -> None:
@@ -102,7 +102,7 @@ def known_count(count: Count, state: Any, maximum: int) -> int:
     except TypeError:
         raise ValueError(f"'{count}', which says how many, is no number") from None
     if not 0 <= found <= maximum:
-        raise ValueError(f"{found} of '{count}': 0 to {maximum} can be")
+        raise ValueError(f"{access.shown(found)} of '{count}': 0 to {maximum} can be")
     return found
 
 
@@ -381,7 +381,7 @@ class Bitmap(Field):
         except ValueError as error:
             raise out.error(str(error)) from error
         if not isinstance(value, int) or value < 0 or value.bit_length() > nbits:
-            raise out.error(f"{value!r:.40} is no bitmap of {nbits} bits")
+            raise out.error(f"{access.shown(value)} is no bitmap of {nbits} bits")
         nwords = -(-nbits // 64)
         words = value.to_bytes(8 * nwords, "little")
         out.put(_swap_words(words))
