@@ -294,6 +294,14 @@ def test_an_array_is_loaded_into_what_is_there(mine):
     assert list(mine) == [1, 2, 3]
 
 
+@pytest.mark.parametrize("mine", [None, 0, "", 1.5])
+def test_what_is_no_sequence_is_replaced(mine):
+    fields = [vmstate.Array("a", vmstate.UInt8, 1), vmstate.Array("m", vmstate.UInt8, (1, 1))]
+    description = of(*fields, vmstate.Array("p", POINT, 1), vmstate.Buffer("b", 1))
+    loaded = description.load(b"\x01\x02\0\x03\0\x04x", dict.fromkeys("ampb", mine))
+    assert loaded == {"a": [1], "m": [[2]], "p": [{"x": 3, "y": 4}], "b": b"x"}
+
+
 @pytest.mark.parametrize("mine", [b"xyz", (7, 8, 9)])
 def test_what_cannot_change_is_replaced_by_its_like(mine):
     state = of(vmstate.Array("a", vmstate.UInt8, 3)).load(b"\x01\x02\x03", {"a": mine})
@@ -457,7 +465,8 @@ def test_a_queue_is_elements_and_an_end(kind, name, make):
     assert text.count('"vmsd_name": "point"') == 2
     assert f'"type": "{name}", "vmsd_name": "point"' in text
     assert text.endswith('"size": 11}]}')
-    assert refused(description, {"q": points * 2}).field == "dev.q"
+    for value in (points * 2, None, 0):
+        assert refused(description, {"q": value}).field == "dev.q"
     assert "more than 2" in rejected(description, b"\x01\0\0\0\0" * 3 + b"\0").message
     assert rejected(description, payload[:-1])
 
@@ -470,7 +479,8 @@ def test_a_tree_is_counted_and_ends():
     assert payload == b"\0\0\0\x02" + entry3 + b"\x01" + bytes(7) + b"\x07\0\x01\0\x02" + b"\0"
     assert description.load(payload) == state
     assert refused(description, {"t": {-1: {"x": 0, "y": 0}}}).field == "dev.t[-1]"
-    assert refused(description, {"t": dict.fromkeys(range(3))}).field == "dev.t"
+    for value in (dict.fromkeys(range(3)), None, [], {"a": 1, 2: 3}):
+        assert refused(description, {"t": value}).field == "dev.t"
     for wrong in (
         b"\0\0\0\x03",
         b"\0\0\0\0" + entry3 + b"\0",

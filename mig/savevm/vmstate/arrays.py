@@ -146,8 +146,8 @@ class Array(Field):
 
     def _old_values(self, old: Any, length: int) -> Sequence[Any]:
         """The elements that the state has, in the order of the stream; as many as there are."""
-        if old is None or old is access.MISSING:
-            return ()
+        if not hasattr(old, "__len__"):
+            return ()  # None, or what a state has until it is loaded
         if len(self._shape) > 1:
             return _flatten(old, self._shape)
         return [old[i] for i in range(self._start, min(len(old), self._start + length))]
@@ -289,7 +289,7 @@ def _nest(old: Any, values: Sequence[Any], shape: tuple[int, ...]) -> Any:
     step = len(values) // shape[0]
     rows = []
     for i in range(shape[0]):
-        has_row = old is not None and old is not access.MISSING and i < len(old)
+        has_row = hasattr(old, "__len__") and i < len(old)
         part = values[i * step : (i + 1) * step]
         rows.append(_nest(old[i] if has_row else access.MISSING, part, shape[1:]))
     # the rows of a numpy array are views of it, and filled

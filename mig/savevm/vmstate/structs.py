@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar
 
 from mig.savevm.vmstate import access, elements
@@ -141,8 +141,10 @@ class _Linked(Field):
 
     def save(self, out: StateWriter, state: Any, name: str, described: list[JsonObject]) -> None:
         """Write all elements."""
-        body, start = JsonObject(), out.nbytes
-        for i, value in enumerate(self.value(out, state)):
+        body, start, values = JsonObject(), out.nbytes, self.value(out, state)
+        if not isinstance(values, Iterable):
+            raise out.error(f"{access.shown(values)} is no list")
+        for i, value in enumerate(values):
             if i == self._maximum:
                 raise out.error(f"more than {self._maximum} elements")
             out.put(b"\x01")
@@ -204,6 +206,8 @@ class Tree(Field):
     def save(self, out: StateWriter, state: Any, name: str, described: list[JsonObject]) -> None:
         """Write all elements, by ascending key."""
         body, start, tree = JsonObject(), out.nbytes, self.value(out, state)
+        if not isinstance(tree, Mapping) or not all(isinstance(key, int) for key in tree):
+            raise out.error(f"{access.shown(tree)} is no dict by numbers")
         if len(tree) > self._maximum:
             raise out.error(f"more than {self._maximum} elements")
         elements.UINT32.put(out, len(tree), body)
