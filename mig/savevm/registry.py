@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from typing import Any, overload
 
-from mig.errors import MismatchError, UnsupportedError
+from mig.errors import BlockedError, MismatchError, UnsupportedError
 from mig.records import SectionHeader, encode_footer
 from mig.savevm.devices import DeviceState
 from mig.savevm.vmstate.describe import DEFAULT_DIALECT, JsonObject
@@ -143,9 +143,13 @@ class DescribedDevice(Device):
 
 
 class DeviceRegistry:
-    """The devices of one guest; they are saved by priority, then in the order of registration."""
+    """The devices of one guest; they are saved by priority, then in the order of registration.
 
-    def __init__(self) -> None:
+    only_migratable: refuse devices that cannot migrate, as QEMU's ``-only-migratable`` does
+    """
+
+    def __init__(self, *, only_migratable: bool = False) -> None:
+        self._only_migratable = only_migratable
         self._devices: dict[Key, Device] = {}
         self._registered = 0
         # what was sent before memory, and is said at the end
@@ -195,7 +199,7 @@ class DeviceRegistry:
                      ``path/name``, and what is sent without path is loaded, too
         aliases:     more idstrs and instance ids under which it may be in a stream
 
-        ValueError when it is there already, or cannot be.
+        ValueError when it is there already, or cannot be; BlockedError: `only_migratable`.
         """
         if isinstance(device, Description):
             self._register_described(device, state, instance_id, path, aliases)
@@ -214,6 +218,10 @@ class DeviceRegistry:
         aliases: Iterable[Key],
     ) -> None:
         name, known = description.name, set(aliases)
+        if description.unmigratable and self._only_migratable:
+            raise BlockedError(
+                f"Device {name} is not migratable, but --only-migratable was specified"
+            )
         idstr = name if path is None else f"{path}/{name}"
         compat = None
         if path is not None:
@@ -248,10 +256,10 @@ class DeviceRegistry:
 
     @property
     def blocked_reasons(self) -> tuple[str, ...]:
-        """What stands against a migration: devices that cannot migrate."""
+        """What stands against a migration: devices that cannot migrate. Any thread."""
         return tuple(
             f"State blocked by non-migratable device '{device.idstr}'"
-            for device in self._devices.values()
+            for device in tuple(self._devices.values())
             if isinstance(device, DescribedDevice) and device.description.unmigratable
         )
 

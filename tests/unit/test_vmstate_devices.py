@@ -390,6 +390,14 @@ def test_a_device_that_is_unmigratable_blocks(made, tmp_path: Path):
     assert outgoing.wait(FOREVER)
 
 
+def test_only_devices_that_can_migrate_may_be_asked_for():
+    devices = DeviceRegistry(only_migratable=True)
+    devices.register(UART, state())
+    with pytest.raises(BlockedError, match="passthrough is not migratable, but --only-migratable"):
+        devices.register(word("passthrough", unmigratable=True), state())
+    assert devices.blocked_reasons == ()
+
+
 def test_an_older_build_moves_to_a_newer_one(made):
     """Version 1 to version 2, whose device has moved to a path and knows one thing more."""
     old = Description("nic", version=1, fields=[vmstate.UInt8("irq")])

@@ -107,12 +107,15 @@ class Array(Field):
                     entry(name, element.type_name, JsonObject(), element.nbytes, array=array)
                 )
             return
-        found = []
+        found: list[tuple[Element, JsonObject, int]] = []
         for i, value in enumerate(values):
             body, start = JsonObject(), out.nbytes
             with out.at(f"[{i}]"):
                 element.put(out, value, body)
-            found.append((element, body, out.nbytes - start))
+            nbytes = out.nbytes - start
+            if alike and found and nbytes == found[0][2]:
+                body = found[0][1]  # what thousands of elements say need not be kept
+            found.append((element, body, nbytes))
         describe_elements(out, name, found, described, alike=alike)
 
     # ---- loading ----------------------------------------------------------------------------

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from types import TracebackType
+from typing import Self
 
 from mig.errors import DeviceStateError, MismatchError, TruncatedError
 from mig.savevm.vmstate.describe import DEFAULT_DIALECT
@@ -21,12 +21,22 @@ class _Path:
         """The field, with the device's name before it."""
         return "".join(self._path)
 
-    @contextmanager
-    def at(self, part: str) -> Iterator[None]:
-        """Go to a part (``.fifo``, ``[3]``) for the time of a context; an error stays there."""
+    def at(self, part: str) -> Self:
+        """Go to a part (``.fifo``, ``[3]``) for a `with` statement; an error stays there."""
         self._path.append(part)
-        yield
-        self._path.pop()
+        return self
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if kind is None:
+            self._path.pop()
 
 
 class StateWriter(_Path):
