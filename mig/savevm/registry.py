@@ -60,14 +60,6 @@ class Device(ABC):
     def load(self, payload: bytes, version_id: int, offset: int) -> None:
         """Take the payload, which stands at ``offset`` of the stream."""
 
-    def load_from(self, reader: StreamReader, version_id: int) -> None:
-        """Take the payload from where a reader is."""
-        raise MismatchError(
-            "the stream does not say where one device ends and the next begins",
-            offset=reader.offset,
-            section=self.idstr,
-        )
-
 
 class OpaqueDevice(Device):
     """A device whose state is bytes of its owner's."""
@@ -337,20 +329,20 @@ class DeviceRegistry:
             return
         chosen = []
         for section in state.sections:
-            key = (section.idstr, section.instance_id)
-            # type byte, section id, counted idstr, instance and version
-            offset = state.offset + section.offset + 14 + len(section.idstr)
-            chosen.append((self._find(key, section.version_id, offset), section, offset))
+            key, at = (section.idstr, section.instance_id), state.offset + section.offset
+            device = self._find(key, section.version_id, at)
+            chosen.append((device, section, at + _header_nbytes(section.idstr)))
         for device, section, offset in chosen:
             device.load(section.payload, section.version_id, offset)
 
     def load_early(self, header: SectionHeader, reader: StreamReader) -> None:
         """Load a device that comes before memory from where a reader is."""
-        device = self._find((header.idstr, header.instance_id), header.version_id, reader.offset)
-        if isinstance(device, OpaqueDevice):
+        at = reader.offset - _header_nbytes(header.idstr)
+        device = self._find((header.idstr, header.instance_id), header.version_id, at)
+        if not isinstance(device, DescribedDevice):
             raise UnsupportedError(
                 f"device '{header.idstr}' was saved before RAM: its length is not known",
-                offset=reader.offset,
+                offset=at,
                 section=header.idstr,
             )
         device.load_from(reader, header.version_id)
@@ -359,11 +351,17 @@ class DeviceRegistry:
         reader = StreamReader(data=state.raw)
         reader.went_past(state.offset)
         while (kind := reader.u8("the device state")) != SectionType.EOF:
+            at = reader.offset - 1
             if kind != SectionType.FULL:
-                raise reader.error("no device section here", offset=reader.offset - 1)
+                raise reader.error("no device section here", offset=at)
             header = SectionHeader.read(reader)
-            key = (header.idstr, header.instance_id)
-            device = self._find(key, header.version_id, reader.offset)
+            device = self._find((header.idstr, header.instance_id), header.version_id, at)
+            if not isinstance(device, DescribedDevice):
+                raise MismatchError(
+                    "the stream does not say where one device ends and the next begins",
+                    offset=at,
+                    section=header.idstr,
+                )
             device.load_from(reader, header.version_id)
             if reader.peek() == SectionType.FOOTER:
                 at = reader.offset
@@ -395,6 +393,11 @@ class DeviceRegistry:
 def _next_id(idstr: str, taken: Iterable[Key]) -> int:
     """One more than the greatest that is taken; matches calculate_new_instance_id()."""
     return max((number + 1 for name, number in taken if name == idstr), default=0)
+
+
+def _header_nbytes(idstr: str) -> int:
+    """Bytes of a section before its payload: type, id, counted idstr, instance and version."""
+    return 14 + len(idstr)
 
 
 def _key(device: Device) -> Key:
