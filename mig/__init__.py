@@ -56,6 +56,7 @@ from mig.image import (
 )
 from mig.memory import GuestMemory, RamBlock
 from mig.options import Capability, Parameters
+from mig.savevm import vmstate
 from mig.savevm.registry import DeviceRegistry
 from mig.state import Status
 from mig.zero import is_zero, zero_pages
@@ -99,6 +100,7 @@ __all__ = [
     "is_zero",
     "open_image",
     "restore",
+    "vmstate",
     "xbzrle",
     "zero_pages",
 ]

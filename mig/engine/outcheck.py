@@ -6,13 +6,18 @@ from mig.channel import carries_return_path, parse_uri, require_many_connections
 from mig.engine.encoding import adapts
 from mig.engine.mapped import require_mapped
 from mig.errors import OptionError
-from mig.guest import SourceGuest
+from mig.guest import BlockingGuest, SourceGuest
 from mig.options import Capability, Parameters
 
 
 def uses_return_path(capabilities: frozenset[Capability]) -> bool:
     """Whether there is a return path; postcopy cannot be without one, as with QEMU."""
     return bool({Capability.RETURN_PATH, Capability.POSTCOPY_RAM} & capabilities)
+
+
+def reasons_of(guest: SourceGuest) -> tuple[str, ...]:
+    """Return what the guest itself says against its migration."""
+    return tuple(guest.blocked_reasons) if isinstance(guest, BlockingGuest) else ()
 
 
 def check_outgoing(

@@ -18,7 +18,7 @@ from mig.engine.blockers import Blockers, Moment, Notifier
 from mig.engine.convergence import Convergence, ConvergencePolicy, Period, PolicyMaker
 from mig.engine.dirtylimit import DirtyLimit
 from mig.engine.encoding import Encoding, adapts
-from mig.engine.outcheck import check_outgoing, uses_return_path
+from mig.engine.outcheck import check_outgoing, reasons_of, uses_return_path
 from mig.engine.outlanes import OutgoingLanes, open_lanes
 from mig.engine.postcopysource import PostcopySource
 from mig.engine.precopy import Precopy
@@ -27,6 +27,7 @@ from mig.engine.requests import PageRequests
 from mig.engine.returnpath import ReturnPath
 from mig.engine.unplug import Unplugging
 from mig.errors import (
+    BlockedError,
     CancelledError,
     ChannelError,
     IdleTimeoutError,
@@ -34,7 +35,7 @@ from mig.errors import (
     OptionError,
 )
 from mig.events import Event, PassStarted
-from mig.guest import SourceGuest, UnpluggingGuest
+from mig.guest import EarlyGuest, SourceGuest, UnpluggingGuest
 from mig.options import (
     AGREED,
     OUTGOING_CAPABILITIES,
@@ -127,6 +128,8 @@ class OutgoingMigration(PostcopySource):
         if resume and Capability.POSTCOPY_RAM not in self.capabilities:
             raise OptionError("a migration that is resumed needs capability 'postcopy-ram'")
         self._require_status(Status.NONE, Input.START)
+        if not resume and (reasons := reasons_of(self._guest)):
+            raise BlockedError("; ".join(reasons))
         if Capability.DIRTY_LIMIT in self.capabilities:
             self._dirty_limit = DirtyLimit.of(
                 self._guest, lambda: self.parameters, self._peer_failed
@@ -157,9 +160,8 @@ class OutgoingMigration(PostcopySource):
 
     def query(self) -> MigrationInfo:
         """Return a snapshot of status and statistics."""
-        info = replace(
-            super().query(), blocked_reasons=self._blockers.reasons_for(self.parameters.mode)
-        )
+        reasons = self._blockers.reasons_for(self.parameters.mode) + reasons_of(self._guest)
+        info = replace(super().query(), blocked_reasons=reasons)
         if self._dirty_limit is not None:
             info = self._dirty_limit.report(info)
         if self.status == Status.POSTCOPY_PAUSED and self._break is not None:
@@ -351,6 +353,8 @@ class OutgoingMigration(PostcopySource):
             writer.put(Command.ping(PING_SETUP).encode())
         if Capability.POSTCOPY_RAM in self.capabilities and self._search is not None:
             writer.put(advise(self._search))
+        if isinstance(self._guest, EarlyGuest):
+            writer.put(self._guest.save_early_devices())
         # a destination looks at this before it looks at channels that connect
         writer.flush()
 

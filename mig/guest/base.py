@@ -110,6 +110,23 @@ class UnpluggingGuest(Protocol):
         """
 
 
+@runtime_checkable
+class EarlyGuest(Protocol):
+    """What a SourceGuest also has if devices of it go before memory (early setup)."""
+
+    def save_early_devices(self) -> bytes:
+        """Return their sections, footers and all; it may run. save_devices() leaves them out."""
+
+
+@runtime_checkable
+class BlockingGuest(Protocol):
+    """What a SourceGuest also has if it can have devices that cannot migrate."""
+
+    @property
+    def blocked_reasons(self) -> Sequence[str]:
+        """What stands against its migration, in words. Any thread."""
+
+
 class DestinationGuest(LoadTarget, Protocol):
     """A guest that can be received. All methods are called by the migration's own thread.
 

@@ -14,9 +14,10 @@ from mig.postcopy.commands import Advise
 from mig.postcopy.faults import MemoryFaults
 from mig.postcopy.times import PostcopyTimes
 from mig.ram.search import SourceBlock
-from mig.records import BlockInfo, Configuration
+from mig.records import BlockInfo, Configuration, SectionHeader
 from mig.savevm.devices import DeviceState
 from mig.savevm.registry import DeviceRegistry
+from mig.stream.reader import StreamReader
 from mig.wire import DEFAULT_PAGE_BITS
 
 _RAM_SECTION = 1
@@ -79,6 +80,7 @@ class MemoryGuest:
 
     def source_blocks(self) -> Sequence[SourceBlock]:
         """Return every block with all its pages dirty."""
+        self.devices.begin()
         blocks = []
         for block in self.memory:
             dirty = _core.Bitmap(block.pages.npages, fill=True)
@@ -119,6 +121,15 @@ class MemoryGuest:
         """Have the owner let them run."""
         self._on_resume()
         self._running = True
+
+    @property
+    def blocked_reasons(self) -> Sequence[str]:
+        """What stands against its migration: devices that are unmigratable."""
+        return self.devices.blocked_reasons
+
+    def save_early_devices(self) -> bytes:
+        """Return the sections of the registered devices that go before memory."""
+        return self.devices.save_early(_RAM_SECTION + 1)
 
     def save_devices(self) -> bytes:
         """Return the registered devices' sections, EOF and description."""
@@ -233,6 +244,10 @@ class MemoryGuest:
 
     def switchover_started(self) -> None:
         """Nothing to note."""
+
+    def load_early_device(self, header: SectionHeader, reader: StreamReader) -> None:
+        """Give a section that comes before memory to its device."""
+        self.devices.load_early(header, reader)
 
     def load_devices(self, state: DeviceState) -> None:
         """Give the sections to the registered devices."""

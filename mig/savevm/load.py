@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
-from typing import Final, Protocol
+from typing import Final, Protocol, runtime_checkable
 
 from mig.errors import IdleTimeoutError, MismatchError, StreamError, UnsupportedError
 from mig.multifd.dialect import dialect_of
@@ -55,6 +55,14 @@ class LoadTarget(PageSink, Protocol):
 
     def load_devices(self, state: DeviceState) -> None:
         """Take the device state; MismatchError to refuse."""
+
+
+@runtime_checkable
+class EarlyTarget(Protocol):
+    """What a LoadTarget has besides if it takes devices that were saved before memory."""
+
+    def load_early_device(self, header: SectionHeader, reader: StreamReader) -> None:
+        """Take the payload of a section, which the reader stands at; StreamError to refuse."""
 
 
 class StreamLoader:
@@ -118,6 +126,8 @@ class StreamLoader:
         try:
             yield
         except MismatchError as error:
+            if error.offset is not None:
+                raise
             raise MismatchError(
                 error.message, offset=at, section=error.section or section, block=error.block
             ) from error
@@ -183,12 +193,7 @@ class StreamLoader:
         elif kind == SectionType.COMMAND:
             self._command(at)
         elif kind == SectionType.FULL:
-            header = SectionHeader.read(reader)
-            raise UnsupportedError(
-                f"device '{header.idstr}' was saved before RAM: its length is not known",
-                offset=at,
-                section=header.idstr,
-            )
+            self._early_device(at)
         elif kind == SectionType.EOF:
             raise reader.error("stream ends before the end of RAM", offset=at)
         else:
@@ -225,9 +230,21 @@ class StreamLoader:
         )
         self._ram_id = header.section_id
         self._ram.load_payload()
-        self._footer()
+        self._footer(self._ram_id)
         with self._located(at, header.idstr):
             self._target.ram_started(header.section_id, bool(self._footers))
+
+    def _early_device(self, at: int) -> None:
+        header = SectionHeader.read(self._reader)
+        if not isinstance(self._target, EarlyTarget):
+            raise UnsupportedError(
+                f"device '{header.idstr}' was saved before RAM: its length is not known",
+                offset=at,
+                section=header.idstr,
+            )
+        with self._located(at, header.idstr):
+            self._target.load_early_device(header, self._reader)
+        self._footer(header.section_id)
 
     def _continue_section(self, at: int, kind: SectionType) -> None:
         section_id = self._reader.u32("a section header")
@@ -235,12 +252,12 @@ class StreamLoader:
             raise self._reader.error(f"section {section_id} was never started", offset=at)
         self._reader.section = RAM_IDSTR
         self._ram.load_payload()
-        self._footer()
+        self._footer(self._ram_id)
         self._ram_ended = kind == SectionType.END
         if self._ram_ended and self._lanes is not None:
             self._lanes.finish()
 
-    def _footer(self) -> None:
+    def _footer(self, expected: int) -> None:
         reader = self._reader
         at = reader.offset
         reader.need(1, "what follows a section")
@@ -248,13 +265,13 @@ class StreamLoader:
         if self._footers is None:
             self._footers = found
         if found != self._footers:
-            raise reader.error(f"footer of section {self._ram_id} is missing", offset=at)
+            raise reader.error(f"footer of section {expected} is missing", offset=at)
         if found:
             reader.u8("a footer")
             section_id = reader.u32("a footer")
-            if section_id != self._ram_id:
+            if section_id != expected:
                 raise reader.error(
-                    f"footer of section {section_id} where {self._ram_id} ends", offset=at
+                    f"footer of section {section_id} where {expected} ends", offset=at
                 )
 
     def _command(self, at: int) -> None:

@@ -187,7 +187,8 @@ def test_no_source(tmp_path):
 
 def cpu(cr3, *, levels=4, on=True):
     zero = Segment(0, 0, 0, 0)
-    registers = dict.fromkeys(["rax", "rbx", "rcx", "rdx", "rsi", "rdi", "rsp", "rbp", "rip", "eflags"], 0)
+    names = ("rax", "rbx", "rcx", "rdx", "rsi", "rdi", "rsp", "rbp", "rip", "eflags")
+    registers = dict.fromkeys(names, 0)
     registers |= {f"r{i}": i for i in range(8, 16)}
     segments = dict.fromkeys(["es", "cs", "ss", "ds", "fs", "gs", "ldt", "tr", "gdt", "idt"], zero)
     cr4 = 1 << 5 | (1 << 12 if levels == 5 else 0)
