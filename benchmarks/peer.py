@@ -130,7 +130,8 @@ def _receive(uri: str, options: str, guest: mig.DestinationGuest) -> None:
 
 
 def capture(uri: str, options: str, file: str, form: str = "stream") -> None:
-    _receive(uri, options, {"stream": mig.StreamCapture, "mapped-ram": mig.MappedCapture}[form](file))
+    capture = mig.StreamCapture if form == "stream" else mig.MappedCapture
+    _receive(uri, options, capture(file))
     # at once: what is closed afterwards is not part of the migration
     _report(**_spent())
 
