@@ -184,6 +184,14 @@ class StreamLoader:
             self._command(at)
         elif kind == SectionType.FULL:
             header = SectionHeader.read(reader)
+            if self._is_mapped:
+                raise UnsupportedError(
+                    "a background snapshot, for which QEMU writes no bitmaps: nobody knows which "
+                    "pages are in the file",
+                    capability=Capability.BACKGROUND_SNAPSHOT,
+                    offset=at,
+                    section=header.idstr,
+                )
             raise UnsupportedError(
                 f"device '{header.idstr}' was saved before RAM: its length is not known",
                 offset=at,
