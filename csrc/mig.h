@@ -442,6 +442,9 @@ struct mig_fd {
 /* Reads at least `min` and at most `max` bytes, taking more than min only while no wait is
  * needed. Fewer than min means end of file. */
 int64_t mig_fd_read(const struct mig_fd *f, uint8_t *buf, size_t min, size_t max);
+/* Reads a byte at least, and what more is there without waiting: up to IOV_MAX iovecs. 0 means end
+ * of file. */
+int64_t mig_fd_readv_some(const struct mig_fd *f, struct iovec *iov, size_t niov);
 /* Goes past n bytes of the iovecs, changing the one that they end in. */
 void mig_iov_skip(struct iovec **iov, size_t *niov, size_t n);
 /* Fills all; the iovecs are consumed (changed) while it goes. Fewer bytes mean end of file. */

@@ -45,7 +45,14 @@ from mig.engine import (
 )
 from mig.errors import MigError
 from mig.guest import DestinationGuest, MemoryGuest, ProcessGuest, SourceGuest, UnpluggingGuest
-from mig.image import Image, MappedImage, StreamCapture, StreamImage, open_image
+from mig.image import (
+    Image,
+    MappedCapture,
+    MappedImage,
+    StreamCapture,
+    StreamImage,
+    open_image,
+)
 from mig.memory import GuestMemory, RamBlock
 from mig.options import Capability, Parameters
 from mig.savevm.registry import DeviceRegistry
@@ -67,6 +74,7 @@ __all__ = [
     "GuestMemory",
     "Image",
     "IncomingMigration",
+    "MappedCapture",
     "MappedImage",
     "MemoryGuest",
     "MigError",

@@ -175,8 +175,8 @@ class LaneTarget(Protocol):
     def open_lanes(
         self, receiver: _core.MultifdReceiver, parser: _core.RamParser, section_id: int
     ) -> None:
-        """Say where the pages of each block go: `to_memory`, `to_log` or, for blocks that are not
-        to be sent, `refuse`. Follows open_blocks().
+        """Say where the pages of each block go: `to_memory`, `to_log`, `to_file` or, for blocks
+        that are not to be sent, `refuse`. Follows open_blocks().
 
         section_id: of `ram`
         """

@@ -205,6 +205,15 @@ class MemoryGuest:
             pages, received, fresh = self._loading[parser.current]
             parser.place(data, start, pages, received, fresh)
 
+    def land(
+        self, parser: _core.RamParser, fd: _core.Descriptor, data: bytearray, held: int
+    ) -> tuple[int, int, bool] | None:
+        """Read pages straight into memory that nobody has written yet."""
+        pages, received, fresh = self._loading[parser.current]
+        if not fresh or self._faults is not None or parser.current in self._ignored:
+            return None
+        return _core.land_in_memory(fd, parser, pages, received, data, held)
+
     def open_lanes(
         self, receiver: _core.MultifdReceiver, parser: _core.RamParser, section_id: int
     ) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from functools import partial
+from typing import Protocol, runtime_checkable
 
 from mig import _core
 from mig.errors import MismatchError, StreamError, UnsupportedError
@@ -19,6 +20,10 @@ _CAPABILITY_OF = {
 }
 
 
+#: bytes of a record before its page, when it continues a block
+_WORD = 8
+
+
 class PageSink(Protocol):
     """Where loaded pages go."""
 
@@ -29,6 +34,16 @@ class PageSink(Protocol):
         self, parser: _core.RamParser, data: bytes | bytearray | memoryview, start: int
     ) -> None:
         """Take the parser's last burst, parsed from ``data`` at ``start``."""
+
+
+@runtime_checkable
+class LandingSink(PageSink, Protocol):
+    """A PageSink that can have pages read straight to where they belong."""
+
+    def land(
+        self, parser: _core.RamParser, fd: _core.Descriptor, data: bytearray, held: int
+    ) -> tuple[int, int, bool] | None:
+        """Read more pages of the parser's block; as land_in_memory() of `mig._core`."""
 
 
 class PageLanes(Protocol):
@@ -185,12 +200,21 @@ class RamLoader:
                 raise self._refused_record(parser, start, error) from error
             counters.add(parser.npages, parser.nfill, parser.nxbzrle, parser.npacked)
             reader.advance(parser.consumed)
-            if stop == _core.STOP_MORE:
+            if stop == _core.STOP_MORE and not self._land(parser):
                 reader.need(parser.need, "a RAM record")
             elif stop == _core.STOP_OTHER:
                 self._other_record(parser)
         if self._lanes is not None and self._sync_every_section:
             self._lanes.sync()
+
+    def _land(self, parser: _core.RamParser) -> bool:
+        """The buffer has a part of a record at most: read on past it where that is worth it."""
+        sink = self._sink
+        if not isinstance(sink, LandingSink):
+            return False
+        npages = self._reader.land(_WORD + self._page_size, partial(sink.land, parser))
+        self._counters.add(npages, 0, 0, 0)
+        return npages > 0
 
     def _other_record(self, parser: _core.RamParser) -> None:
         """The next record is no page."""

@@ -7,9 +7,13 @@ reads never changes what is read.
 from __future__ import annotations
 
 import struct
-from typing import Protocol, runtime_checkable
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from mig.errors import StreamError, TruncatedError
+
+if TYPE_CHECKING:
+    from mig import _core
 
 _U16 = struct.Struct(">H")
 _U32 = struct.Struct(">I")
@@ -37,6 +41,14 @@ class SeekableSource(Source, Protocol):
 
     def skip(self, nbytes: int) -> None:
         """Go so many bytes forward; where the source ends before, the next read tells."""
+
+
+@runtime_checkable
+class DescriptorSource(Source, Protocol):
+    """A source that others may read from, past the reader's buffer."""
+
+    def read_by(self, loop: Callable[[_core.Descriptor], None]) -> None:
+        """Have ``loop`` read."""
 
 
 class StreamReader:
@@ -170,6 +182,40 @@ class StreamReader:
             self._eof = True
             return False
         return True
+
+    def land(
+        self,
+        record_nbytes: int,
+        receive: Callable[[_core.Descriptor, bytearray, int], tuple[int, int, bool] | None],
+    ) -> int:
+        """Have pages read past the buffer, straight to where they belong; returns how many.
+
+        record_nbytes: of the record that each of them comes in
+        receive: as land_in_memory() of `mig._core`, called until it says that there is no more
+        """
+        if not isinstance(self.source, DescriptorSource):
+            return 0
+        buffer, held, total = self.buffer, self._end - self._start, 0
+        assert isinstance(buffer, bytearray)
+        result: tuple[int, int, bool] | None = (0, held, True)
+
+        def turn(fd: _core.Descriptor) -> None:
+            nonlocal result
+            result = receive(fd, buffer, held)
+
+        if self._start:
+            buffer[:held] = buffer[self._start : self._end]
+        self._base += self._start
+        self._start, self._end = 0, held
+        while result is not None and result[2]:
+            self.source.read_by(turn)
+            if result is not None:
+                npages, held, _ = result
+                # what was in the buffer before is of these records
+                self._base += npages * record_nbytes
+                self._end = held
+                total += npages
+        return total
 
     def need(self, nbytes: int, what: str) -> None:
         """Like `fill`, but the end of the stream is a TruncatedError that names ``what``."""
