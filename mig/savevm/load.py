@@ -236,6 +236,14 @@ class StreamLoader:
 
     def _early_device(self, at: int) -> None:
         header = SectionHeader.read(self._reader)
+        if self._is_mapped and self._ram is not None:
+            raise UnsupportedError(
+                "a background snapshot, for which QEMU writes no bitmaps: nobody knows which "
+                "pages are in the file",
+                capability=Capability.BACKGROUND_SNAPSHOT,
+                offset=at,
+                section=header.idstr,
+            )
         if not isinstance(self._target, EarlyTarget):
             raise UnsupportedError(
                 f"device '{header.idstr}' was saved before RAM: its length is not known",
