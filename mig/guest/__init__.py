@@ -1,8 +1,10 @@
 """What a migration needs from a guest, and guests: a program's own, and threads that write."""
 
 from mig.guest.base import (
+    BalloonedGuest,
     DestinationGuest,
     LaneTarget,
+    LockedGuest,
     PerVcpuGuest,
     PostcopyTarget,
     SourceGuest,
@@ -14,12 +16,14 @@ from mig.guest.memory import MemoryGuest
 from mig.guest.process import CorruptPage, GuestCounters, GuestReport, ProcessGuest
 
 __all__ = [
+    "BalloonedGuest",
     "CorruptPage",
     "DestinationGuest",
     "GuestCounters",
     "GuestReport",
     "KvmGuest",
     "LaneTarget",
+    "LockedGuest",
     "MemoryGuest",
     "PerVcpuGuest",
     "PostcopyTarget",

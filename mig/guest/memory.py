@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from uuid import UUID
 
 from mig import _core
@@ -270,6 +271,13 @@ class MemoryGuest:
         """Its memory is as any other."""
         self._postcopy.end()
 
+    def postcopy_abandon(self) -> None:
+        """Stop the guest. It may wait for pages: these waits end, and it finds zeros."""
+        with ThreadPoolExecutor(1) as pool:
+            stopped = pool.submit(self.stop)
+            self._postcopy.end()
+        stopped.result()
+
     def postcopy_times(self) -> PostcopyTimes:
         """Return how long the guest waited for pages in its last postcopy."""
         return self._postcopy.times() if self._faults is not None else PostcopyTimes()
@@ -284,11 +292,16 @@ class MemoryGuest:
 
     def commit(self) -> None:
         """Release the memory to its owner."""
+        self._release()
+
+    def abort(self) -> None:
+        """Release the memory to its owner; its contents are whatever had arrived."""
+        if self._faults is not None:
+            self._faults.end()
+        self._release()
+
+    def _release(self) -> None:
         for pages, _, _ in self._loading:
             pages.unpin()
         self._loading.clear()
         self._ignored.clear()
-
-    def abort(self) -> None:
-        """Release the memory to its owner; its contents are whatever had arrived."""
-        self.commit()

@@ -226,6 +226,9 @@ class StreamCapture:
             state = dataclasses.replace(state, raw=state.raw + text)
         self._write_end(state)
 
+    def postcopy_abandon(self) -> None:
+        """Nothing runs, and nobody waits."""
+
     @contextlib.contextmanager
     def _naming_file(self) -> Iterator[None]:
         try:
