@@ -14,6 +14,7 @@ from mig.guest.base import (
 from mig.guest.kvm import KvmGuest
 from mig.guest.memory import MemoryGuest
 from mig.guest.process import CorruptPage, GuestCounters, GuestReport, ProcessGuest
+from mig.guest.shared import SharedMapping
 
 __all__ = [
     "BalloonedGuest",
@@ -28,6 +29,7 @@ __all__ = [
     "PerVcpuGuest",
     "PostcopyTarget",
     "ProcessGuest",
+    "SharedMapping",
     "SourceGuest",
     "UnpluggingGuest",
     "VcpuThrottle",

@@ -38,11 +38,13 @@ class Box:
 
     def __init__(self, made, folder, *, capabilities=("postcopy-ram",), shared=False, big=False):
         self.memory = mig.GuestMemory()
-        fd = os.memfd_create("ram") if shared else None
-        self.memory.add("pc.ram", NPAGES * PAGE, fd=fd, shared=False if shared else None)
+        fd = self.memfd = os.memfd_create("ram") if shared else None
+        mine = False if shared else None
+        self.memory.add("pc.ram", NPAGES * PAGE, fd=fd, shared=mine)
         self.blocks = {"pc.ram": NPAGES * PAGE}
         if big:
-            self.memory.add("big", 4 * UNIT, host_page_size=UNIT)
+            fd = self.bigfd = os.memfd_create("big") if shared else None
+            self.memory.add("big", 4 * UNIT, fd=fd, shared=mine, host_page_size=UNIT)
             self.blocks["big"] = 4 * UNIT
         self.big = big
         for block in self.memory:
