@@ -424,6 +424,7 @@ class IncomingMigration(Migration):
                 info,
                 postcopy_blocktime=times.all_vcpus,
                 postcopy_vcpu_blocktime=times.vcpus,
+                postcopy_latencies=times.latencies,
             )
         return info
 

@@ -334,6 +334,8 @@ class KvmGuest(MemoryGuest):
     def postcopy_run(self) -> None:
         """Let the vCPUs run, whose memory comes when they touch it."""
         self._incomplete = False
+        # who waits first is the first vCPU
+        self.vcpu_threads = [0] * len(self.vcpus)
         super().postcopy_run()
 
     def postcopy_abandon(self) -> None:
