@@ -27,7 +27,7 @@ from mig.errors import (
 from mig.events import Event, Listening
 from mig.guest import DestinationGuest, LaneTarget, PostcopyTarget
 from mig.options import INCOMING_CAPABILITIES, Capability, MultiFDCompression, Options
-from mig.postcopy.load import PostcopyLoader
+from mig.postcopy.load import PostcopyLoader, PostcopyState
 from mig.records import Command, ReturnMessage
 from mig.savevm.load import StreamLoader
 from mig.state import INCOMING, Input, Status, Table
@@ -95,6 +95,7 @@ class IncomingMigration(Migration):
         self._memory_lock = MemoryLock(guest)
         self._requests = _core.PageRequests()
         self._urgent: UrgentChannel | None = None
+        self._loader: PostcopyLoader | None = None
         self._postcopy: IncomingPostcopy | None = None
         # bytes of the connections before this one
         self._before = 0
@@ -182,9 +183,8 @@ class IncomingMigration(Migration):
             if Capability.POSTCOPY_PREEMPT in self.capabilities:
                 self._urgent = UrgentChannel(self._listener, self._urgent_ended)
             elif self._listener.accepts_more:
-                postcopy = Capability.POSTCOPY_RAM in self.capabilities
                 self._uninvited = Uninvited(
-                    self._listener, channel, self._lane_failed, postcopy=postcopy
+                    self._listener, channel, self._lane_failed, self._postcopy_may_come
                 )
         with self._lock:
             self._channel = channel
@@ -238,7 +238,7 @@ class IncomingMigration(Migration):
     def _load_postcopy(self, reader: StreamReader) -> None:
         """A source with postcopy-ram may switch, or end as any other."""
         guest = cast("PostcopyGuest", self._guest)
-        loader = PostcopyLoader(reader, guest, **self._loader_options())
+        loader = self._loader = PostcopyLoader(reader, guest, **self._loader_options())
         loader.run()
         if loader.package is None:
             return
@@ -250,6 +250,9 @@ class IncomingMigration(Migration):
         guest.postcopy_listen(self._requests)
         with balloon_inhibited(guest):
             self._postcopy.run()
+
+    def _postcopy_may_come(self) -> bool:
+        return self._loader is not None and self._loader.state != PostcopyState.NONE
 
     def _on_command(self, command: Command) -> None:
         if self._postcopy is not None:

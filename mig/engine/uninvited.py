@@ -12,9 +12,9 @@ from mig.errors import CancelledError, ChannelError, IdleTimeoutError, MigError,
 from mig.stream.reader import StreamReader
 from mig.wire import MULTIFD_MAGIC
 
-#: how long a connection beside the main one may take to say what it is (seconds)
+#: how long a stranger may take to say what it is (seconds)
 _PATIENCE = 5.0
-#: when there is no time to wait (seconds)
+#: how long the source itself may, once it has said that postcopy may come (seconds)
 _NO_PATIENCE = 0.05
 
 
@@ -35,12 +35,13 @@ class Uninvited:
     """Looks at further connections, from its making to close().
 
     main:     the connection of the source; who else connects may be a stranger, and is let go
-    postcopy: whether postcopy is possible; then the source may have postcopy-preempt on
     refuse:   told by the thread `mig-accept` what the source has opened
+    postcopy: whether the source has said that postcopy may come: it may have postcopy-preempt on
 
-    A channel of multifd says so. The connection of postcopy-preempt is silent up to the first
-    urgent page, for which the guest here would wait: who is silent for long is taken for one, if
-    it is the source's own, and settle() does not wait that long.
+    A channel of multifd says so at once. The connection of postcopy-preempt is silent up to the
+    first urgent page, for which the guest here would wait: who is silent is taken for one, if it
+    is the source's own. QEMU opens it (from 8.0 on) just before it hands the guest over: who
+    refuses it in time lets the guest run on there.
     """
 
     def __init__(
@@ -48,8 +49,7 @@ class Uninvited:
         listener: Listener,
         main: Channel,
         refuse: Callable[[MigError], None],
-        *,
-        postcopy: bool,
+        postcopy: Callable[[], bool],
     ) -> None:
         self._listener = listener
         self._main = main.peer
@@ -109,11 +109,8 @@ class Uninvited:
         """Return why the source is to be refused; strangers say nothing, or something else."""
         with self._lock:
             self._extra = extra
-            if self._ending:
-                extra.timeout = _NO_PATIENCE
         try:
-            reader = StreamReader(extra, buffer_size=64)
-            if reader.u32("a channel's magic") == MULTIFD_MAGIC:
+            if self._speaks(extra):
                 return multifd_refused()
         except IdleTimeoutError:
             return _preempt_refused() if self._is_the_source(extra) else None
@@ -126,5 +123,17 @@ class Uninvited:
                 self._extra = None
         return None
 
+    def _speaks(self, extra: Channel) -> bool:
+        """Whether it says that it is a channel of multifd; IdleTimeoutError when it is silent."""
+        reader = StreamReader(extra, buffer_size=64)
+        extra.timeout = _NO_PATIENCE
+        try:
+            reader.fill(4)
+        except IdleTimeoutError:
+            if self._ending or self._is_the_source(extra):
+                raise
+            extra.timeout = _PATIENCE
+        return reader.u32("a channel's magic") == MULTIFD_MAGIC
+
     def _is_the_source(self, extra: Channel) -> bool:
-        return self._postcopy and extra.peer is not None and extra.peer == self._main
+        return self._postcopy() and extra.peer is not None and extra.peer == self._main

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import threading
 
 import pytest
 from reference import postcopy, stream
@@ -230,12 +231,20 @@ def test_a_connection_for_urgent_pages_is_refused_before_the_guest_runs(made, tm
     box.memory.close()
 
 
-def test_it_is_refused_in_precopy_when_it_is_silent_for_long(made, tmp_path, monkeypatch):
-    monkeypatch.setattr(uninvited, "_PATIENCE", 0.05)
+@pytest.mark.parametrize("first", [False, True], ids=["7.2", "8.0"])
+def test_it_is_refused_in_precopy_so_that_the_guest_runs_on_there(
+    made, tmp_path, monkeypatch, first
+):
+    monkeypatch.setattr(uninvited, "_PATIENCE", 0.2)
     box = Box(made, tmp_path)
-    box.begin()
+    if first:
+        box.begin()
     urgent = Source.connect(box.incoming.uri)
+    if not first:
+        threading.Event().wait(0.1)
+        box.begin()
     refused(box)
+    assert box.incoming._postcopy is None
     urgent.close()
 
 
