@@ -26,6 +26,7 @@ import mig
 from mig import IncomingMigration, OutgoingMigration, ProcessGuest
 from mig.errors import MigError, StateError
 from mig.guest.process import LEDGER, RAM
+from mig.options import OUTGOING_CAPABILITIES
 
 SIZE = 2 << 20
 CUTS = int(os.environ.get("MIG_FAULT_ROUNDS", "12"))
@@ -76,16 +77,18 @@ def assert_whole(guest: ProcessGuest, ram: np.ndarray, ledger: np.ndarray) -> No
 class Round:
     """One guest that moves, however often the link is cut."""
 
-    def __init__(self, folder: Path, rng: random.Random, cuts: int) -> None:
+    def __init__(
+        self, folder: Path, rng: random.Random, cuts: int, capabilities: set[str]
+    ) -> None:
         self.folder, self.rng, self.left = folder, rng, cuts
         self.numbers = itertools.count()
         self.cutters: list[Cutter] = []
         self.mine = ProcessGuest(SIZE, workers=2, rate=0, working_set=0.5, seed=rng.randrange(99))
         self.other = ProcessGuest(SIZE)
-        self.incoming = IncomingMigration(self.other, capabilities={"postcopy-ram"})
+        self.incoming = IncomingMigration(self.other, capabilities=capabilities)
         self.outgoing = OutgoingMigration(
             self.mine,
-            capabilities={"postcopy-ram"},
+            capabilities=capabilities,
             # else all of it is on its way before the guest runs
             parameters={"max-postcopy-bandwidth": 16 << 20},
         )
@@ -167,15 +170,22 @@ class Round:
         self.other.close()
 
 
+#: with a connection for urgent pages, too, where the source can have one
+WAYS = {"plain": {"postcopy-ram"}}
+if "postcopy-preempt" in OUTGOING_CAPABILITIES:
+    WAYS["preempt"] = {"postcopy-ram", "postcopy-preempt"}
+
+
 @pytest.mark.timeout(900)
-def test_a_link_that_is_cut_at_random(tmp_path):
+@pytest.mark.parametrize("capabilities", WAYS.values(), ids=WAYS)
+def test_a_link_that_is_cut_at_random(tmp_path, capabilities):
     rng, cuts, moved = random.Random(SEED), 0, 0
     for number in itertools.count():
         if cuts >= CUTS:
             break
         folder = tmp_path / str(number)
         folder.mkdir()
-        with contextlib.closing(Round(folder, rng, rng.randrange(1, 5))) as one:
+        with contextlib.closing(Round(folder, rng, rng.randrange(1, 5), capabilities)) as one:
             cuts += one.run()
             moved += one.incoming.status == "completed"
     print(f"{cuts} cuts in {number} migrations, of which {moved} arrived")
