@@ -317,16 +317,16 @@ class MemoryGuest:
 
     def commit(self) -> None:
         """Release the memory to its owner."""
-        self._release()
+        self._let_go()
 
     def abort(self) -> None:
         """Release the memory to its owner; its contents are whatever had arrived."""
         self._clients.end()
         if self._faults is not None:
             self._faults.end()
-        self._release()
+        self._let_go()
 
-    def _release(self) -> None:
+    def _let_go(self) -> None:
         self._clients.end()
         for pages, _, _ in self._loading:
             pages.unpin()
