@@ -255,6 +255,8 @@ class MigrationInfo:
     blocked_reasons:         why the guest cannot be migrated
     postcopy_blocktime:      seconds that all vCPUs together waited for pages
     postcopy_vcpu_blocktime: seconds that each vCPU waited for pages
+    postcopy_latencies:      of single waits for pages: (below so many seconds, how many); QEMU has
+                             none before 10.1
     socket_address:          what the destination listens on
     dirty_limit_throttle_time_per_round: seconds that dirty-limit stops a vCPU at most per round
     dirty_limit_ring_full_time:          seconds in which the guest fills the dirty ring
@@ -276,6 +278,7 @@ class MigrationInfo:
     blocked_reasons: tuple[str, ...] = ()
     postcopy_blocktime: float | None = None
     postcopy_vcpu_blocktime: tuple[float, ...] = ()
+    postcopy_latencies: tuple[tuple[float, int], ...] = ()
     socket_address: tuple[InetAddress | UnixAddress, ...] = ()
     dirty_limit_throttle_time_per_round: float | None = None
     dirty_limit_ring_full_time: float | None = None

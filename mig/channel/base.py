@@ -10,6 +10,7 @@ import signal
 import socket
 import stat
 import subprocess
+import sys
 from collections.abc import Callable
 from typing import Self
 
@@ -92,6 +93,20 @@ class Channel:
         """Have a loop write that stays in C; `cancel` ends it."""
         self._check_cancelled()
         loop(self._out)
+
+    @property
+    def peer(self) -> object:
+        """Who is at the other end of a socket, to be compared: a process of this machine, or an
+        address without port; None where nobody can tell.
+        """
+        if not self.bidirectional:
+            return None
+        with contextlib.suppress(OSError), socket.socket(fileno=os.dup(self._fd)) as sock:
+            if sock.family == socket.AF_UNIX:
+                credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
+                return int.from_bytes(credentials[:4], sys.byteorder) or None
+            return str(sock.getpeername()[0])
+        return None
 
     @property
     def writes_to(self) -> Descriptor:

@@ -1,10 +1,12 @@
 """What a migration needs from a guest, and guests: a program's own, and threads that write."""
 
 from mig.guest.base import (
+    BalloonedGuest,
     BlockingGuest,
     DestinationGuest,
     EarlyGuest,
     LaneTarget,
+    LockedGuest,
     MappedTarget,
     PerVcpuGuest,
     PostcopyTarget,
@@ -15,8 +17,10 @@ from mig.guest.base import (
 from mig.guest.kvm import KvmGuest
 from mig.guest.memory import MemoryGuest
 from mig.guest.process import CorruptPage, GuestCounters, GuestReport, ProcessGuest
+from mig.guest.shared import SharedMapping
 
 __all__ = [
+    "BalloonedGuest",
     "BlockingGuest",
     "CorruptPage",
     "DestinationGuest",
@@ -25,11 +29,13 @@ __all__ = [
     "GuestReport",
     "KvmGuest",
     "LaneTarget",
+    "LockedGuest",
     "MappedTarget",
     "MemoryGuest",
     "PerVcpuGuest",
     "PostcopyTarget",
     "ProcessGuest",
+    "SharedMapping",
     "SourceGuest",
     "UnpluggingGuest",
     "VcpuThrottle",
