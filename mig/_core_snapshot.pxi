@@ -56,6 +56,7 @@ cdef class Snapshot:
     cdef list places
     cdef object store
     cdef readonly tuple copies
+    cdef size_t page_size
     cdef bint opened
 
     def __cinit__(self, blocks, size_t page_size, *, uint64_t limit, bint detect_zero=True,
@@ -66,6 +67,7 @@ cdef class Snapshot:
         cdef int rc
         self.pages, self.bitmaps, self.places = [], [], []
         self.copies = ()
+        self.page_size = page_size
         self.blocks = <mig_snapshot_block *>calloc(nblocks or 1, sizeof(mig_snapshot_block))
         if self.blocks == NULL:
             raise MemoryError
@@ -146,7 +148,7 @@ cdef class Snapshot:
     @property
     def waiting_bytes(self):
         """Bytes of copies that nobody has given back. Any thread."""
-        return self.c.nstored * self.c.page_size
+        return self.c.nstored * self.page_size
 
     def protect(self):
         """Protect all pages: what they hold now is what is copied. OSError."""

@@ -97,6 +97,7 @@ class StreamLoader:
         self._ram: RamLoader | None = None
         self._ram_id = -1
         self._ram_ended = False
+        self._ram_continued = False
         # whether sections end with footers, None until the first one has ended
         self._footers: bool | None = None
 
@@ -166,6 +167,10 @@ class StreamLoader:
         reader = self._reader
         reader.section = None
         at = reader.offset
+        if self._ram_continued and reader.peek() == SectionType.FULL:
+            # a background snapshot of QEMU has no SECTION_END: its first device ends RAM
+            self._ram_ended = True
+            return
         kind = reader.u8("the stream, before the end of RAM")
         if kind == SectionType.START:
             self._start_section(at)
@@ -226,6 +231,7 @@ class StreamLoader:
         self._reader.section = RAM_IDSTR
         self._ram.load_payload()
         self._footer()
+        self._ram_continued = True
         self._ram_ended = kind == SectionType.END
         if self._ram_ended and self._lanes is not None:
             self._lanes.finish()

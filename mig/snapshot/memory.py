@@ -28,7 +28,8 @@ class FrozenMemory:
 
     blocks:      their dirty pages are those that are wanted; all of them in this process
     detect_zero: note zero pages, and keep no copies of them
-    limit:       bytes of copies that wait to be sent before those who write wait for room
+    limit:       bytes of copies that wait to be sent before those who write wait for room; None:
+                 LIMIT
     populate:    have all memory be there first, as kernels before Linux 6.4 need it
 
     A page is copied when somebody writes to it, or by save(), whatever comes first, and is as any
@@ -48,7 +49,7 @@ class FrozenMemory:
         blocks: Sequence[SourceBlock],
         *,
         detect_zero: bool = True,
-        limit: int = LIMIT,
+        limit: int | None = None,
         populate: bool = False,
     ) -> None:
         self._numbers = {block.idstr: number for number, block in enumerate(blocks)}
@@ -57,7 +58,7 @@ class FrozenMemory:
             self._core = _core.Snapshot(
                 [(b.pages, b.host_page_size, is_anonymous(b), b.dirty) for b in blocks],
                 blocks[0].pages.page_size if blocks else 1,
-                limit=limit,
+                limit=LIMIT if limit is None else limit,
                 detect_zero=detect_zero,
                 populate=populate,
             )
