@@ -10,6 +10,7 @@
 #include <signal.h>
 #include <string.h>
 #include <sys/eventfd.h>
+#include <sys/mman.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -17,6 +18,10 @@ enum {
     MAX_MESSAGES = 64,
     /* pages that the walk copies under the lock at once, while who writes waits: 10 us or so */
     MAX_CHUNK = 16,
+    /* pages that were copied before, and are passed over in the middle of others */
+    MAX_GAP = 512,
+    /* pages for which a system call is worth while */
+    MIN_POPULATE = 32,
     /* how long a writer waits for room when no copy is taken (s) */
     PATIENCE = 1,
 };
@@ -42,30 +47,31 @@ static void save_page(struct mig_snapshot *s, struct mig_snapshot_block *block, 
     block->lowest = page < block->lowest ? page : block->lowest;
 }
 
-/* Lifts the protection of those units of pages [first, end) of which every page is copied. */
-static int release(struct mig_snapshot *s, const struct mig_snapshot_block *block, uint64_t first,
-                   uint64_t end)
+/* Finds the next span of units in pages [*first, end) of which every page is copied, and so stays
+ * copied: *first to *stop. */
+static bool next_copied(const struct mig_snapshot *s, const struct mig_snapshot_block *block,
+                        uint64_t *first, uint64_t *stop, uint64_t end)
 {
-    uint64_t per_unit = block->unit / s->page_size;
+    uint64_t per_unit = block->unit / s->page_size, next;
 
-    first -= first % per_unit;
+    *first -= *first % per_unit;
     end = (end + per_unit - 1) / per_unit * per_unit;
     end = end < block->npages ? end : block->npages;
-    while (first < end) {
-        uint64_t next = mig_bitmap_next_set(block->pending, end, first);
-        uint64_t stop = next < end ? next - next % per_unit : end;
-
-        if (stop > first) {
-            int rc = mig_snapshot_change(s, block->base + first * s->page_size,
-                                         (stop - first) * s->page_size, false);
-
-            if (rc < 0) {
-                return rc;
-            }
+    for (; *first < end; *first += per_unit) {
+        next = mig_bitmap_next_set(block->pending, end, *first);
+        *stop = next < end ? next - next % per_unit : end;
+        if (*stop > *first) {
+            return true;
         }
-        first = stop + per_unit;
     }
-    return 0;
+    return false;
+}
+
+static int unprotect(const struct mig_snapshot *s, const struct mig_snapshot_block *block,
+                     uint64_t first, uint64_t stop)
+{
+    return mig_snapshot_change(s, block->base + first * s->page_size,
+                               (stop - first) * s->page_size, false);
 }
 
 /* Nobody may wait for ever: memory is as any other again, and the snapshot is spoilt. */
@@ -121,7 +127,7 @@ static void serve_page(struct mig_snapshot *s, struct mig_snapshot_block *block,
             s->nfaults++;
         }
     }
-    rc = s->error ? 0 : release(s, block, first, end);
+    rc = s->error ? 0 : unprotect(s, block, first, end);
     if (rc < 0) {
         give_up(s, rc);
     }
@@ -202,46 +208,100 @@ void mig_snapshot_stop(struct mig_snapshot *s)
 
 /* ---- the walk -------------------------------------------------------------------------------- */
 
-/* Copies those of up to MAX_CHUNK pages, ascending, that are pending. */
+/* The end of the run of numbers without large gaps that begins at `from`. */
+static size_t end_of_run(const uint64_t *index, size_t from, size_t n, uint64_t max_gap)
+{
+    for (from++; from < n && index[from] - index[from - 1] <= max_gap + 1; from++) {
+    }
+    return from;
+}
+
+/* A page of anonymous memory that nobody has touched is there after a read, with a fault for each;
+ * this is faster. What cannot be is left to the copying. */
+static void populate(const struct mig_snapshot *s, const struct mig_snapshot_block *block,
+                     const uint64_t *index, size_t n)
+{
+    if (s->populates || !block->anonymous) {
+        return;
+    }
+    for (size_t i = 0, end; i < n; i = end) {
+        end = end_of_run(index, i, n, 0);
+        if (end - i >= MIN_POPULATE) {
+            madvise(block->base + index[i] * s->page_size, (end - i) * s->page_size,
+                    MIG_POPULATE_READ);
+        }
+    }
+}
+
+/* Copies those of the pages that are pending. */
 static int64_t save_chunk(struct mig_snapshot *s, struct mig_snapshot_block *block,
                           const uint64_t *index, size_t n)
 {
     int64_t saved = 0;
-    int rc = s->error;
 
-    for (size_t i = 0; rc == 0 && i < n; i++) {
+    pthread_mutex_lock(&s->lock);
+    for (size_t i = 0; s->error == 0 && i < n; i++) {
         if (mig_bitmap_test(block->pending, index[i])) {
             save_page(s, block, index[i]);
             saved++;
         }
     }
-    for (size_t i = 0, run; saved && rc == 0 && i < n; i += run) {
-        for (run = 1; i + run < n && index[i + run] == index[i] + run; run++) {
+    saved = s->error ? s->error : saved;
+    pthread_mutex_unlock(&s->lock);
+    return saved;
+}
+
+/* Lifts the protection of what is copied of pages [first, end). */
+static int release(struct mig_snapshot *s, const struct mig_snapshot_block *block, uint64_t first,
+                   uint64_t end)
+{
+    bool found = true;
+    int rc = 0;
+
+    while (found && rc == 0) {
+        uint64_t stop = end;
+
+        pthread_mutex_lock(&s->lock);
+        found = next_copied(s, block, &first, &stop, end);
+        pthread_mutex_unlock(&s->lock);
+        if (found) {
+            rc = unprotect(s, block, first, stop);
+            first = stop;
         }
-        rc = release(s, block, index[i], index[i] + run);
     }
     if (rc < 0) {
+        pthread_mutex_lock(&s->lock);
         give_up(s, rc);
+        pthread_mutex_unlock(&s->lock);
     }
-    return rc < 0 ? rc : saved;
+    return rc;
 }
 
 int64_t mig_snapshot_save(struct mig_snapshot *s, size_t number, const uint64_t *index, size_t n)
 {
+    struct mig_snapshot_block *block = s->blocks + number;
     int64_t total = 0;
 
-    for (size_t done = 0; done < n;) {
-        size_t some = n - done < MAX_CHUNK ? n - done : MAX_CHUNK;
+    populate(s, block, index, n);
+    for (size_t done = 0, some; done < n; done += some) {
         int64_t saved;
 
-        pthread_mutex_lock(&s->lock);
-        saved = save_chunk(s, s->blocks + number, index + done, some);
-        pthread_mutex_unlock(&s->lock);
+        some = n - done < MAX_CHUNK ? n - done : MAX_CHUNK;
+        saved = save_chunk(s, block, index + done, some);
         if (saved < 0) {
             return saved;
         }
         total += saved;
-        done += some;
+    }
+    /* in large pieces, so that huge pages stay whole */
+    for (size_t i = 0, end; i < n; i = end) {
+        int rc;
+
+        end = end_of_run(index, i, n, MAX_GAP);
+        rc = release(s, block, index[i], index[end - 1] + 1);
+        if (rc < 0) {
+            return rc;
+        }
     }
     return total;
 }

@@ -14,10 +14,8 @@
 
 #include "track.h"
 
-/* of Linux 6.4 and 5.14; the headers of a distribution are older than the kernel it may run on */
+/* of Linux 6.4; the headers of a distribution are older than the kernel it may run on */
 #define FEATURE_WP_UNPOPULATED (UINT64_C(1) << 13)
-enum { POPULATE_READ = 22 };
-
 enum { MAX_RUNS = 64 };
 
 static uint64_t nbytes_of(const struct mig_snapshot *s, const struct mig_snapshot_block *block)
@@ -131,7 +129,7 @@ static int for_spans(const struct mig_snapshot *s, const struct mig_snapshot_blo
  * and no memory. */
 static int populate_span(const struct mig_snapshot *s, uint8_t *at, uint64_t nbytes)
 {
-    if (madvise(at, nbytes, POPULATE_READ) == 0) {
+    if (madvise(at, nbytes, MIG_POPULATE_READ) == 0) {
         return 0;
     }
     if (errno != EINVAL) {

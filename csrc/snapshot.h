@@ -84,6 +84,10 @@ void mig_snapshot_free(struct mig_snapshot *s, size_t block, const uint64_t *ind
 
 /* ---- between the files of this ---------------------------------------------------------------*/
 
+/* MADV_POPULATE_READ of Linux 5.14; the headers of a distribution are older than the kernel it may
+ * run on */
+enum { MIG_POPULATE_READ = 22 };
+
 /* (Un)protects memory; who waits there is woken. */
 int mig_snapshot_change(const struct mig_snapshot *s, const uint8_t *at, uint64_t nbytes, bool on);
 void mig_snapshot_unregister(struct mig_snapshot *s);
