@@ -118,10 +118,12 @@ static void serve_page(struct mig_snapshot *s, struct mig_snapshot_block *block,
     int rc;
 
     pthread_mutex_lock(&s->lock);
-    if (mig_bitmap_next_set(block->pending, end, first) < end) {
+    if (!s->frozen) {
+        mig_bitmap_set(block->bare, first, end - first);
+    } else if (mig_bitmap_next_set(block->pending, end, first) < end) {
         wait_for_room(s, per_unit);
     }
-    for (uint64_t i = first; i < end; i++) {
+    for (uint64_t i = first; s->frozen && i < end; i++) {
         if (mig_bitmap_test(block->pending, i)) {
             save_page(s, block, i);
             s->nfaults++;

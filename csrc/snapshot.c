@@ -16,7 +16,13 @@
 
 /* of Linux 6.4; the headers of a distribution are older than the kernel it may run on */
 #define FEATURE_WP_UNPOPULATED (UINT64_C(1) << 13)
-enum { MAX_RUNS = 64 };
+
+enum {
+    /* bytes that are protected at once while the guest runs: 0.2 ms or so */
+    ARM_PIECE = 8 << 20,
+    /* pages that are protected again where that saves a system call */
+    MAX_GAP = 16,
+};
 
 static uint64_t nbytes_of(const struct mig_snapshot *s, const struct mig_snapshot_block *block)
 {
@@ -100,36 +106,41 @@ static int register_blocks(struct mig_snapshot *s)
 
 /* ---- all pages that are wanted --------------------------------------------------------------- */
 
-typedef int (*span_fn)(const struct mig_snapshot *s, uint8_t *at, uint64_t nbytes);
+typedef int (*span_fn)(struct mig_snapshot *s, struct mig_snapshot_block *block, uint64_t first,
+                       uint64_t end);
 
-/* Calls fn for all spans of memory with pending pages; they end with units. */
-static int for_spans(const struct mig_snapshot *s, const struct mig_snapshot_block *block,
-                     span_fn fn)
+/* Calls fn for all spans of pages that have bits. They end with units, and gaps are taken in. */
+static int for_spans(struct mig_snapshot *s, struct mig_snapshot_block *block,
+                     const uint64_t *bits, uint64_t max_gap, span_fn fn)
 {
-    uint64_t runs[2 * MAX_RUNS], from = 0, per_unit = block->unit / s->page_size;
-    size_t n;
+    uint64_t per_unit = block->unit / s->page_size, n = block->npages;
+    uint64_t first = mig_bitmap_next_set(bits, n, 0);
+    int rc = 0;
 
-    while ((n = mig_bitmap_runs(s->k, block->pending, block->npages, from, runs, MAX_RUNS,
-                                UINT64_MAX))) {
-        for (size_t i = 0; i < n; i++) {
-            uint64_t first = runs[2 * i] - runs[2 * i] % per_unit;
-            uint64_t end = (runs[2 * i + 1] + per_unit - 1) / per_unit * per_unit;
-            int rc = fn(s, block->base + first * s->page_size, (end - first) * s->page_size);
+    while (rc == 0 && first < n) {
+        uint64_t end, next = first;
 
-            if (rc < 0) {
-                return rc;
-            }
-        }
-        from = runs[2 * n - 1];
+        do {
+            end = mig_bitmap_next_clear(bits, n, next);
+            end = (end + per_unit - 1) / per_unit * per_unit;
+            end = end < n ? end : n;
+            next = mig_bitmap_next_set(bits, n, end);
+        } while (next < n && next - end <= max_gap);
+        rc = fn(s, block, first - first % per_unit, end);
+        first = next;
     }
-    return 0;
+    return rc;
 }
 
 /* A read gives untouched anonymous memory the kernel's page of zeros, which takes a page table entry
- * and no memory. */
-static int populate_span(const struct mig_snapshot *s, uint8_t *at, uint64_t nbytes)
+ * and no memory. Page tables remember the protection of shared memory that is not there. */
+static int populate_span(struct mig_snapshot *s, struct mig_snapshot_block *block, uint64_t first,
+                         uint64_t end)
 {
-    if (madvise(at, nbytes, MIG_POPULATE_READ) == 0) {
+    uint8_t *at = block->base + first * s->page_size;
+    uint64_t nbytes = (end - first) * s->page_size;
+
+    if (!block->anonymous || madvise(at, nbytes, MIG_POPULATE_READ) == 0) {
         return 0;
     }
     if (errno != EINVAL) {
@@ -141,28 +152,68 @@ static int populate_span(const struct mig_snapshot *s, uint8_t *at, uint64_t nby
     return 0;
 }
 
-static int protect_span(const struct mig_snapshot *s, uint8_t *at, uint64_t nbytes)
-{
-    return mig_snapshot_change(s, at, nbytes, true);
-}
-
-/* Page tables remember the protection of shared memory that is not there. */
-static int populate(const struct mig_snapshot *s)
+static int populate(struct mig_snapshot *s)
 {
     int rc = 0;
 
     for (size_t i = 0; rc == 0 && i < s->nblocks; i++) {
-        rc = s->blocks[i].anonymous ? for_spans(s, s->blocks + i, populate_span) : 0;
+        rc = for_spans(s, s->blocks + i, s->blocks[i].pending, 0, populate_span);
     }
     return rc;
 }
 
-int mig_snapshot_protect(struct mig_snapshot *s)
+/* Piece by piece, so that who writes meanwhile need not wait long. */
+static int arm_span(struct mig_snapshot *s, struct mig_snapshot_block *block, uint64_t first,
+                    uint64_t end)
+{
+    uint64_t piece = block->unit > ARM_PIECE ? block->unit : ARM_PIECE;
+    int rc = 0;
+
+    while (rc == 0 && first < end) {
+        const uint8_t *at = block->base + first * s->page_size;
+        /* pieces end at multiples of their size in memory: huge pages stay whole */
+        uint64_t npages = (piece - (uintptr_t)at % piece) / s->page_size;
+
+        npages = npages < end - first ? npages : end - first;
+        pthread_mutex_lock(&s->lock);
+        rc = s->error ? s->error : mig_snapshot_change(s, at, npages * s->page_size, true);
+        if (rc == 0) {
+            mig_bitmap_clear(block->bare, first, npages);
+        }
+        pthread_mutex_unlock(&s->lock);
+        first += npages;
+    }
+    return rc;
+}
+
+int mig_snapshot_arm(struct mig_snapshot *s)
 {
     int rc = 0;
 
     for (size_t i = 0; rc == 0 && i < s->nblocks; i++) {
-        rc = for_spans(s, s->blocks + i, protect_span);
+        rc = for_spans(s, s->blocks + i, s->blocks[i].pending, 0, arm_span);
+    }
+    return rc;
+}
+
+static int protect_span(struct mig_snapshot *s, struct mig_snapshot_block *block, uint64_t first,
+                        uint64_t end)
+{
+    return mig_snapshot_change(s, block->base + first * s->page_size,
+                               (end - first) * s->page_size, true);
+}
+
+int mig_snapshot_protect(struct mig_snapshot *s)
+{
+    int rc;
+
+    pthread_mutex_lock(&s->lock);
+    /* from now on the fault thread copies, and leaves `bare` as it is */
+    s->frozen = true;
+    rc = s->error;
+    pthread_mutex_unlock(&s->lock);
+    for (size_t i = 0; rc == 0 && i < s->nblocks; i++) {
+        rc = for_spans(s, s->blocks + i, s->blocks[i].bare, MAX_GAP, protect_span);
     }
     return rc;
 }
@@ -188,6 +239,23 @@ int mig_snapshot_change(const struct mig_snapshot *s, const uint8_t *at, uint64_
 
 /* ---- from beginning to end ------------------------------------------------------------------- */
 
+static int make_room(struct mig_snapshot *s)
+{
+    for (size_t i = 0; i < s->nblocks; i++) {
+        struct mig_snapshot_block *block = s->blocks + i;
+        size_t nwords = mig_bitmap_nwords(block->npages);
+
+        block->lowest = block->npages;
+        block->bare = malloc(nwords * sizeof(*block->bare) + 1);
+        if (block->bare == NULL) {
+            return MIG_E_NOMEM;
+        }
+        memcpy(block->bare, block->pending, nwords * sizeof(*block->bare));
+    }
+    s->free_slots = calloc((size_t)s->nslots + 1, sizeof(*s->free_slots));
+    return s->free_slots ? 0 : MIG_E_NOMEM;
+}
+
 int mig_snapshot_open(struct mig_snapshot *s, const struct mig_kernels *k,
                       struct mig_snapshot_block *blocks, size_t nblocks, size_t page_size,
                       uint8_t *store, uint64_t nslots, uint64_t limit, bool detect_zero,
@@ -206,11 +274,10 @@ int mig_snapshot_open(struct mig_snapshot *s, const struct mig_kernels *k,
     s->nslots = nslots;
     s->limit = limit;
     s->detect_zero = detect_zero;
-    for (size_t i = 0; i < nblocks; i++) {
-        blocks[i].lowest = blocks[i].npages;
+    rc = make_room(s);
+    if (rc == 0) {
+        rc = open_locks(s);
     }
-    s->free_slots = calloc((size_t)nslots + 1, sizeof(*s->free_slots));
-    rc = s->free_slots ? open_locks(s) : MIG_E_NOMEM;
     if (rc == 0) {
         rc = open_descriptors(s, populate_all);
     }
@@ -260,6 +327,10 @@ void mig_snapshot_close(struct mig_snapshot *s)
         pthread_cond_destroy(&s->room);
         pthread_mutex_destroy(&s->lock);
         s->has_lock = false;
+    }
+    for (size_t i = 0; i < s->nblocks; i++) {
+        free(s->blocks[i].bare);
+        s->blocks[i].bare = NULL;
     }
     free(s->free_slots);
     s->free_slots = NULL;

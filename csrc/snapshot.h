@@ -23,6 +23,7 @@ struct mig_snapshot_block {
     size_t unit;       /* bytes that are protected at once: the larger of host and target page */
     bool anonymous;    /* private, of no file: its untouched pages are in no page table */
     uint64_t *pending; /* pages of which there is no copy yet, at first those that are wanted */
+    uint64_t *bare;    /* pages that are not protected yet */
     uint64_t *ready;   /* pages that wait to be taken, the caller's */
     uint64_t lowest;   /* no page before this is ready; npages: none is */
     int64_t *where;    /* of each copy: its place in the store, or MIG_PAGE_ZERO; the caller's */
@@ -42,9 +43,10 @@ struct mig_snapshot {
     bool detect_zero; /* zero pages are noted, not copied */
     bool has_thread, has_lock, stopping;
     pthread_t thread;
-    /* over everything below, and over pending, ready and where */
+    /* over everything below, and over pending, bare, ready and where */
     pthread_mutex_t lock;
     pthread_cond_t room;
+    bool frozen; /* the moment has come */
     uint8_t *store;
     uint64_t nslots, nused; /* slots, and those that were ever used */
     uint64_t *free_slots, nfree;
@@ -70,6 +72,9 @@ int mig_snapshot_open(struct mig_snapshot *s, const struct mig_kernels *k,
                       struct mig_snapshot_block *blocks, size_t nblocks, size_t page_size,
                       uint8_t *store, uint64_t nslots, uint64_t limit, bool detect_zero,
                       bool populate);
+/* Protects all pending pages while they are written to, so that at the moment itself no others are
+ * left than those that were written to after this. */
+int mig_snapshot_arm(struct mig_snapshot *s);
 /* This is the moment: protects all pending pages. Nobody is to write meanwhile. */
 int mig_snapshot_protect(struct mig_snapshot *s);
 /* Nothing is protected any more and nobody waits; twice is once. */

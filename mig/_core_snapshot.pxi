@@ -23,6 +23,7 @@ cdef extern from "snapshot.h" nogil:
     int mig_snapshot_open(mig_snapshot *s, const mig_kernels *k, mig_snapshot_block *blocks,
                           size_t nblocks, size_t page_size, uint8_t *store, uint64_t nslots,
                           uint64_t limit, bint detect_zero, bint populate)
+    int mig_snapshot_arm(mig_snapshot *s)
     int mig_snapshot_protect(mig_snapshot *s)
     void mig_snapshot_close(mig_snapshot *s)
     int64_t mig_snapshot_save(mig_snapshot *s, size_t block, const uint64_t *index, size_t n)
@@ -149,6 +150,16 @@ cdef class Snapshot:
     def waiting_bytes(self):
         """Bytes of copies that nobody has given back. Any thread."""
         return self.c.nstored * self.page_size
+
+    def arm(self):
+        """Protect all pages already, so that protect() has only those that are written to from now
+        on. OSError."""
+        cdef int rc
+        if not self.opened:
+            raise ValueError("the snapshot is closed")
+        with nogil:
+            rc = mig_snapshot_arm(&self.c)
+        check_track(rc)
 
     def protect(self):
         """Protect all pages: what they hold now is what is copied. OSError."""

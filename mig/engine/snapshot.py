@@ -69,7 +69,9 @@ class SnapshotPhase:
 
         It goes on then if it ran before, also when something fails.
         """
-        guest, ran, began = self._guest, self._guest.running, time.monotonic()
+        guest, ran = self._guest, self._guest.running
+        self._memory.arm()
+        began = time.monotonic()
         try:
             guest.stop()
             devices = guest.save_devices()

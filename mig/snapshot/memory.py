@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -93,10 +93,17 @@ class FrozenMemory:
         """How often who wrote had to wait for room. Any thread."""
         return self._core.waits
 
+    def arm(self) -> None:
+        """Do most of the work of freeze() while the memory is written to. MigError."""
+        self._protect(self._core.arm)
+
     def freeze(self) -> None:
         """This is the moment; nobody is to write until it returns. MigError: it did not work."""
+        self._protect(self._core.protect)
+
+    def _protect(self, protect: Callable[[], None]) -> None:
         try:
-            self._core.protect()
+            protect()
         except OSError as error:
             raise MigError(f"memory cannot be protected: {error.strerror}") from error
 
