@@ -23,13 +23,13 @@ _WINDOW = 0.5
 
 @pytest.fixture
 def mib(smoke: bool) -> int:
-    return 64 if smoke else 2048
+    return 64 if smoke else 1024
 
 
 @pytest.fixture(scope="module")
 def need_mib() -> int:
     """One file of all memory."""
-    return 2300
+    return 1200
 
 
 @pytest.fixture(autouse=True)

@@ -203,8 +203,8 @@ cdef class Snapshot:
         if not n:
             return 0, 0
         numbers = &index[0]
-        with nogil:
-            rc = mig_snapshot_take(&self.c, block, numbers, n)
+        # microseconds, and nobody who needs the GIL has the lock: it is kept
+        rc = mig_snapshot_take(&self.c, block, numbers, n)
         check_track(rc)
         for i in range(<size_t>rc):
             if mig_bitmap_test(dirty.words, numbers[i]):
@@ -214,13 +214,9 @@ cdef class Snapshot:
 
     def free(self, size_t block, const uint64_t[::1] index not None):
         """The copies of these pages, which were taken, are not needed any more."""
-        cdef size_t n = <size_t>index.shape[0]
-        cdef const uint64_t *numbers
         self.check_block(block, index)
-        if n:
-            numbers = &index[0]
-            with nogil:
-                mig_snapshot_free(&self.c, block, numbers, n)
+        if index.shape[0]:
+            mig_snapshot_free(&self.c, block, &index[0], <size_t>index.shape[0])
 
     def close(self):
         """Memory is as any other again and nobody waits; more than once is the same."""

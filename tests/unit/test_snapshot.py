@@ -22,6 +22,8 @@ from unit.snapshots import (
 from mig import (
     GuestMemory,
     IncomingMigration,
+    MemoryGuest,
+    OutgoingMigration,
     ProcessGuest,
     SharedDirtyLog,
     Status,
@@ -30,6 +32,7 @@ from mig import (
 )
 from mig.dirty.track import refusal
 from mig.errors import KvmUnavailableError
+from mig.events import StatusChanged
 from mig.guest.kvm import KvmGuest, probe
 
 REFUSAL = refusal("userfaultfd")
@@ -130,6 +133,44 @@ def test_kinds_of_memory(block, tmp_path, monkeypatch, kind, populate):
     assert outgoing.wait(FOREVER)
     assert image_memory(tmp_path / "vm") == {"ram": some.then}
     assert outgoing.query().snapshot.faults > 0
+
+
+def test_memory_that_the_destination_shares_is_left_alone(stack, tmp_path):
+    memory = GuestMemory()
+    stack.callback(memory.close)
+    shared = memory.add("shared", MIB, path=tmp_path / "shared")
+    own = memory.add("own", MIB)
+    guest = MemoryGuest("m", memory)
+    outgoing = OutgoingMigration(
+        guest,
+        capabilities={"background-snapshot", "x-ignore-shared"},
+        parameters={"max-bandwidth": PAGE},
+    )
+    outgoing.start(f"file:{tmp_path / 'vm'}")
+    await_frozen(outgoing)
+    shared.view[:] = b"a" * MIB
+    assert outgoing.query().snapshot.faults == 0
+    own.view[:] = b"b" * MIB
+    assert outgoing.wait(FOREVER)
+    with open_image(tmp_path / "vm") as image:
+        assert [(b.idstr, b.ignored, b.zero) for b in image.blocks] == [
+            ("shared", True, 0),
+            ("own", False, MIB // PAGE),
+        ]
+
+
+def test_the_statuses_are_those_of_qemu(block, tmp_path):
+    events = []
+    outgoing = OutgoingMigration(
+        block().guest, capabilities={"background-snapshot"}, on_event=events.append
+    )
+    outgoing.start(f"file:{tmp_path / 'vm'}")
+    outgoing.wait(FOREVER)
+    assert events == [
+        StatusChanged(Status.SETUP),
+        StatusChanged(Status.ACTIVE),
+        StatusChanged(Status.COMPLETED),
+    ]
 
 
 def test_untouched_memory_takes_none(block, tmp_path):
