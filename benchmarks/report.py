@@ -87,6 +87,45 @@ def _live(benchmarks: list[Benchmark]) -> Iterator[str]:
     yield from _table(head, rows)
 
 
+def _is_snapshot(benchmark: Benchmark) -> bool:
+    return "snapshot" in benchmark["extra_info"]
+
+
+def _snapshots(benchmarks: list[Benchmark]) -> Iterator[str]:
+    yield "## Background snapshots"
+    yield ""
+    yield (
+        "A guest of this process whose thread writes random pages of all its memory, saved to a "
+        "file in memory (capability background-snapshot). Beside each round it is stopped, saved "
+        "to the same file, and resumed: the last column. Written: what it dirties in a second "
+        "while it is left alone, and while it is saved; faults: its writes that had to wait for "
+        "the copy of their page."
+    )
+    yield ""
+    rows = []
+    for b in benchmarks:
+        info = b["extra_info"]
+        said = info["snapshot"]
+        rows.append(
+            [
+                f"{info['rate'] >> 20} MiB/s" if info["rate"] else "no limit",
+                f"{info['memory'] >> 20} MiB",
+                _time(b["stats"]["median"]),
+                f"{said['faults']:.0f}",
+                f"{said['alone'] / 1e6:.0f} MB/s",
+                f"{said['during'] / 1e6:.0f} MB/s",
+                f"**{said['during'] / said['alone']:.2f}**",
+                _time(said["pause"]),
+                _time(info["longest_pause"]),
+                _time(said["stand still"]),
+                f"**{said['stand still'] / said['pause']:.0f}**",
+            ]
+        )
+    head = ["writes", "memory", "total time", "faults", "written alone", "written meanwhile"]
+    head += ["meanwhile / alone", "pause", "worst", "stopped and saved", "x shorter"]
+    yield from _table(head, rows)
+
+
 def _limits_rate(benchmark: Benchmark) -> bool:
     return "cap" in benchmark["extra_info"]
 
@@ -308,7 +347,9 @@ def report(results: list[dict[str, Any]]) -> Iterator[str]:
     convergence = [b for b in benchmarks if _converges(b)]
     rates = [b for b in benchmarks if _limits_rate(b)]
     live = [b for b in benchmarks if _is_live(b)]
-    kernels = [b for b in benchmarks if b not in migrations + legs + rates + live + convergence]
+    snapshots = [b for b in benchmarks if _is_snapshot(b)]
+    others = migrations + legs + rates + live + convergence + snapshots
+    kernels = [b for b in benchmarks if b not in others]
     versions = {peer for b in migrations + rates for peer in _peers(b)}
     versions |= {b["extra_info"]["beside"] for b in legs}
     yield "# Benchmarks"
@@ -330,6 +371,7 @@ def report(results: list[dict[str, Any]]) -> Iterator[str]:
         (_rates, rates),
         (_live, live),
         (_convergence, convergence),
+        (_snapshots, snapshots),
         (_kernels, kernels),
     )
     for part, chosen in parts:

@@ -237,6 +237,20 @@ _DEAF: Final = frozenset({"completed", "failed", "cancelled"})
 
 
 @dataclass(frozen=True, slots=True)
+class SnapshotStats:
+    """Statistics of a background snapshot.
+
+    pause:  seconds that the guest stood still, None before
+    faults: pages that had to be copied because the guest wrote to them
+    waits:  how often a write had to wait because too many copies waited to be sent
+    """
+
+    pause: float | None
+    faults: int
+    waits: int
+
+
+@dataclass(frozen=True, slots=True)
 class MigrationInfo:
     """What query() returns (MigrationInfo); None or empty until it is known.
 
@@ -260,6 +274,7 @@ class MigrationInfo:
     socket_address:          what the destination listens on
     dirty_limit_throttle_time_per_round: seconds that dirty-limit stops a vCPU at most per round
     dirty_limit_ring_full_time:          seconds in which the guest fills the dirty ring
+    snapshot:                statistics of a background snapshot, None of any other migration
     """
 
     status: Status
@@ -282,6 +297,7 @@ class MigrationInfo:
     socket_address: tuple[InetAddress | UnixAddress, ...] = ()
     dirty_limit_throttle_time_per_round: float | None = None
     dirty_limit_ring_full_time: float | None = None
+    snapshot: SnapshotStats | None = None
 
     @property
     def throughput(self) -> float | None:

@@ -8,6 +8,7 @@ from mig.engine.mapped import require_mapped
 from mig.errors import OptionError
 from mig.guest import BlockingGuest, SourceGuest
 from mig.options import Capability, Parameters
+from mig.snapshot.memory import require_write_protection
 
 
 def uses_return_path(capabilities: frozenset[Capability]) -> bool:
@@ -30,6 +31,8 @@ def check_outgoing(
         require_many_connections(uri)
         if adapts(parameters) and not uses_return_path(capabilities):
             raise OptionError("multifd-compression adaptive needs capability 'return-path'")
+    if Capability.BACKGROUND_SNAPSHOT in capabilities:
+        require_write_protection()
     able = carries_return_path(parse_uri(uri))
     if uses_return_path(capabilities) and not able:
         named = "return-path" if Capability.RETURN_PATH in capabilities else "postcopy-ram"

@@ -25,6 +25,7 @@ from mig.engine.precopy import Precopy
 from mig.engine.rate import RateLimit
 from mig.engine.requests import PageRequests
 from mig.engine.returnpath import ReturnPath
+from mig.engine.snapshot import SnapshotPhase
 from mig.engine.unplug import Unplugging
 from mig.errors import (
     BlockedError,
@@ -70,7 +71,8 @@ class OutgoingMigration(PostcopySource):
 
     When the migration fails or is cancelled the guest runs again and nothing of it is lost. With
     capability ``return-path`` completed means that the destination has confirmed; without, that
-    every byte has been handed over.
+    every byte has been handed over. With capability ``background-snapshot`` the guest stays here
+    and runs on: what is sent is what it was at one moment.
     """
 
     table: ClassVar[Table] = OUTGOING
@@ -108,6 +110,7 @@ class OutgoingMigration(PostcopySource):
         self._last_call: threading.Timer | None = None
         self._running_bytes: int | None = None
         self._encoding: Encoding | None = None
+        self._snapshot: SnapshotPhase | None = None
 
     def _choose_policy(self, policy: ConvergencePolicy | PolicyMaker) -> ConvergencePolicy:
         if not callable(policy):
@@ -166,6 +169,8 @@ class OutgoingMigration(PostcopySource):
             info = self._dirty_limit.report(info)
         if self.status == Status.POSTCOPY_PAUSED and self._break is not None:
             info = replace(info, error=str(self._break))
+        if self._snapshot is not None:
+            return self._snapshot.report(info)
         precopy, saver = self._precopy, self._saver
         if precopy is None or saver is None:
             return info
@@ -206,6 +211,10 @@ class OutgoingMigration(PostcopySource):
         self._notify(Moment.SETUP)
         search, encoding = self._prepare_search()
         self._send_start(channel, writer)
+        if Capability.BACKGROUND_SNAPSHOT in self.capabilities:
+            self._save_snapshot(writer, search, encoding)
+            self._confirm(channel)
+            return
         encoder = self._choose_encoder(channel, writer, search, encoding)
         saver = self._saver = self._make_saver(writer, encoder)
         saver.start()
@@ -222,6 +231,25 @@ class OutgoingMigration(PostcopySource):
         else:
             self._complete(writer, saver)
             self._confirm(channel)
+
+    def _save_snapshot(self, writer: StreamWriter, search: PageSearch, encoding: Encoding) -> None:
+        saver = self._saver = self._make_saver(writer, encoding.plain(writer))
+        saver.start()
+        self._snapshot = SnapshotPhase(
+            self._guest,
+            search,
+            saver,
+            lambda: self.parameters,
+            cancel=self._cancel,
+            wake=self._wake,
+        )
+        with self._snapshot:
+            self._become_active()
+            devices = self._snapshot.freeze()
+            self._snapshot.save_memory()
+        saver.end()
+        writer.put(devices)
+        writer.flush()
 
     def _prepare_search(self) -> tuple[PageSearch, Encoding]:
         self._begin_unplug()
@@ -334,6 +362,8 @@ class OutgoingMigration(PostcopySource):
         self._mark("connected")
 
     def _start_dirty_log(self) -> None:
+        if Capability.BACKGROUND_SNAPSHOT in self.capabilities:
+            return  # a page is sent once
         self._log = self._guest.dirty_log()
         if self._log is not None:
             self._log.start()

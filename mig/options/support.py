@@ -9,6 +9,7 @@ from mig.options.capability import Capability
 OUTGOING_CAPABILITIES: Final = frozenset(
     {
         Capability.AUTO_CONVERGE,
+        Capability.BACKGROUND_SNAPSHOT,
         Capability.COMPRESS,
         Capability.DIRTY_LIMIT,
         Capability.MAPPED_RAM,
