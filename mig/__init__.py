@@ -36,11 +36,14 @@ except ModuleNotFoundError as _error:
 from mig import errors, xbzrle
 from mig.dirty import DirtyLog, SharedDirtyLog, WriteTracker
 from mig.engine import (
+    AfterPasses,
     Blockers,
     IncomingMigration,
     Moment,
     OutgoingMigration,
     Patient,
+    Retry,
+    WhenStuck,
     restore,
 )
 from mig.errors import MigError
@@ -58,6 +61,7 @@ except _PackageNotFoundError:
     __version__ = "0+unknown"
 
 __all__ = [
+    "AfterPasses",
     "Bitmap",
     "Blockers",
     "Capability",
@@ -74,12 +78,14 @@ __all__ = [
     "Patient",
     "ProcessGuest",
     "RamBlock",
+    "Retry",
     "SharedDirtyLog",
     "SourceGuest",
     "Status",
     "StreamCapture",
     "StreamImage",
     "UnpluggingGuest",
+    "WhenStuck",
     "WriteTracker",
     "XbzrleCache",
     "__version__",

@@ -50,9 +50,9 @@ class Encoding:
 
         return RecordWriter(writer), ZeroFinder(detects)
 
-    def plain(self, writer: StreamWriter) -> PageEncoder:
-        """Whole pages, on the main stream."""
-        return PlainEncoder(*self._records(writer), self._counters)
+    def plain(self, writer: StreamWriter, counters: RamCounters | None = None) -> PageEncoder:
+        """Whole pages, on the main stream; of another one by counters of its own."""
+        return PlainEncoder(*self._records(writer), counters or self._counters)
 
     def main_stream(self, writer: StreamWriter) -> PageEncoder:
         """What goes over the main stream alone."""

@@ -14,14 +14,21 @@ def uses_return_path(capabilities: frozenset[Capability]) -> bool:
     return bool({Capability.RETURN_PATH, Capability.POSTCOPY_RAM} & capabilities)
 
 
+def check_recovery(capabilities: frozenset[Capability]) -> None:
+    """OptionError when a postcopy that breaks can never go on."""
+    if Capability.RELEASE_RAM in capabilities:
+        raise OptionError("Postcopy recovery cannot work when release-ram capability is set")
+
+
 def check_outgoing(
     uri: str, capabilities: frozenset[Capability], parameters: Parameters, guest: SourceGuest
 ) -> None:
     """OptionError when the URI or the guest cannot do what a capability needs."""
-    if Capability.MULTIFD in capabilities:
+    if {Capability.MULTIFD, Capability.POSTCOPY_PREEMPT} & capabilities:
         require_many_connections(uri)
-        if adapts(parameters) and not uses_return_path(capabilities):
-            raise OptionError("multifd-compression adaptive needs capability 'return-path'")
+    adaptive = Capability.MULTIFD in capabilities and adapts(parameters)
+    if adaptive and not uses_return_path(capabilities):
+        raise OptionError("multifd-compression adaptive needs capability 'return-path'")
     able = carries_return_path(parse_uri(uri))
     if uses_return_path(capabilities) and not able:
         named = "return-path" if Capability.RETURN_PATH in capabilities else "postcopy-ram"

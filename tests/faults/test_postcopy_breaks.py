@@ -261,7 +261,7 @@ def test_giving_up(postcopies, status, monkeypatch):
             go.wait(FOREVER)
             return mig.channel.connect(*args)
 
-        monkeypatch.setattr("mig.engine.postcopysource.connect", slow)
+        monkeypatch.setattr("mig.engine.outlink.connect", slow)
         source.recover(far.uri)
         held.wait(FOREVER)
     links = len(far.links)
