@@ -421,6 +421,7 @@ class OutgoingMigration(PostcopySource):
                 stack.callback(self._log.stop)
             for block in self._pinned:
                 stack.callback(block.pages.unpin)
+            stack.callback(self._close_bell)
             stack.callback(self._close_channel)
             if failed and self._return_path is not None and self._handed_over is None:
                 stack.callback(self._prefer_peer_error, self._return_path)

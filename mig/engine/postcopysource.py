@@ -16,6 +16,7 @@ from mig.engine.outpostcopy import Link, PostcopyPhase
 from mig.engine.preempt import UrgentSender
 from mig.engine.recovery import Attempt, RecoveryPolicy
 from mig.engine.requests import PageRequests
+from mig.engine.wake import Wake
 from mig.errors import (
     CancelledError,
     IdleTimeoutError,
@@ -64,7 +65,7 @@ class PostcopySource(SourceLink):
         self._search: PageSearch | None = None
         self._encoding: Encoding | None = None
         # set when somebody waits for a page that goes over a connection of its own
-        self._bell = threading.Event()
+        self._bell: Wake | None = None
         # of pages that went over it; only the thread that sends them counts
         self._urgent_counters = RamCounters()
         # bytes sent before the guest may have run at the destination; None: it has not
@@ -226,7 +227,8 @@ class PostcopySource(SourceLink):
         return preempt_dialect(configuration.machine if configuration else None)
 
     def _page_requests(self, search: PageSearch) -> PageRequests:
-        return PageRequests(search, self._wake if self._preempt is None else self._bell)
+        self._bell = None if self._preempt is None else Wake()
+        return PageRequests(search, self._bell or self._wake)
 
     def _link_urgent_early(self) -> None:
         if self._preempt is not None and self._preempt.early:
@@ -235,7 +237,7 @@ class PostcopySource(SourceLink):
     def _link_urgent(self) -> UrgentSender | None:
         """Connect for urgent pages, unless that was done or is not to be."""
         dialect = self._preempt
-        if dialect is None or self._urgent is not None:
+        if dialect is None or self._bell is None or self._urgent is not None:
             return self._urgent
         assert self._search is not None
         assert self._requests is not None
@@ -253,12 +255,23 @@ class PostcopySource(SourceLink):
             ends=dialect.ends,
             on_sent=lambda batch: self._phase.sent(batch),
             on_empty=self._wake.set,
-            on_error=self._link_failed,
+            on_error=self._urgent_failed,
         )
         with self._lock:
             self._urgent = urgent
             self._check_wanted()
         return urgent
+
+    def _urgent_failed(self, error: MigError) -> None:
+        """Called by its thread; the destination may be about to say the reason."""
+        if self._return_path is not None:
+            with contextlib.suppress(MigError):
+                self._return_path.wait_shut(1.0)
+        self._link_failed(error)
+
+    def _close_bell(self) -> None:
+        if self._bell is not None:
+            self._bell.close()
 
     # ---- breaks -----------------------------------------------------------------------------
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import select
 import struct
 import threading
 from collections.abc import Callable, Sequence
@@ -11,7 +12,8 @@ import numpy as np
 
 from mig.channel import Channel
 from mig.engine.requests import PageRequests
-from mig.errors import ChannelError, MigError, as_mig_error
+from mig.engine.wake import Wake
+from mig.errors import ChannelError, MigError, PeerError, as_mig_error
 from mig.ram.encode import PageEncoder
 from mig.ram.search import PageBatch, PageSearch, SourceBlock
 from mig.stream.writer import StreamWriter
@@ -73,7 +75,8 @@ class SharedSearch:
 class UrgentSender:
     """Sends what is asked for over a connection of its own, by a thread of its own.
 
-    There is neither header nor section, only records. No bandwidth limits it.
+    There is neither header nor section, only records. No bandwidth limits it. The destination says
+    nothing: when there is something to be read the connection is over.
 
     channel:  owned from now on
     bell:     set when there is something in ``requests``
@@ -89,7 +92,7 @@ class UrgentSender:
         channel: Channel,
         search: PageSearch,
         requests: PageRequests,
-        bell: threading.Event,
+        bell: Wake,
         encoder: Callable[[StreamWriter], PageEncoder],
         *,
         ends: bool,
@@ -109,14 +112,12 @@ class UrgentSender:
         self._on_empty = on_empty
         self._on_error = on_error
         self._ending = False
-        # held while pages that were taken are on their way
-        self._sending = threading.Lock()
+        self._cancelled = False
         self._error: MigError | None = None
         self._thread = threading.Thread(target=self._run, name="mig-preempt", daemon=True)
 
     def start(self) -> None:
-        """Begin to send; the guest may run at the destination."""
-        self._bell.set()
+        """Begin to send: the guest may run at the destination."""
         self._thread.start()
 
     @property
@@ -124,46 +125,60 @@ class UrgentSender:
         """Bytes sent. Any thread."""
         return self._writer.offset
 
+    # ---- its thread -------------------------------------------------------------------------
+
     def _run(self) -> None:
+        poll = select.poll()
+        poll.register(self._bell.fd, select.POLLIN)
+        poll.register(self._channel.fileno(), select.POLLIN)
         try:
             while not self._ending:
-                self._bell.wait()
-                self._bell.clear()
                 self._serve()
+                self._await(poll)
         except BaseException as error:
             self._error = as_mig_error(error)
-            if not self._ending:
+            if not self._cancelled:
                 self._on_error(self._error)
 
+    def _await(self, poll: select.poll) -> None:
+        ready = {fd for fd, _ in poll.poll()}
+        self._bell.clear()
+        # who has all pages may leave
+        if self._channel.fileno() in ready and not self._ending:
+            raise PeerError("the destination went away: the connection for urgent pages is over")
+
     def _serve(self) -> None:
-        while not self._ending and (request := self._requests.pop()) is not None:
-            with self._sending:
-                batch = self.search.take(*request)
-                if batch is not None:
-                    self._encoder.encode(batch)
-                    self._writer.flush()
-                    self._on_sent(batch)
+        while not self._cancelled and (request := self._requests.pop()) is not None:
+            batch = self.search.take(*request)
+            # else it is on its way already
+            if batch is not None:
+                self._encoder.encode(batch)
+                self._writer.flush()
+                self._on_sent(batch)
             if not self.search.remaining:
                 self._on_empty()
 
+    # ---- the thread of the migration --------------------------------------------------------
+
     def drain(self) -> None:
-        """Wait until all pages that were taken are sent; raises when they cannot be."""
-        with self._sending:
-            if self._error is not None:
-                raise self._error
+        """All pages are taken: wait until they are sent; raises when they cannot be."""
+        self._ending = True
+        self._bell.set()
+        self._thread.join()
+        if self._error is not None:
+            raise self._error
 
     def finish(self) -> None:
-        """No more pages come: nobody asks for any."""
-        if not self._ends:
-            return
-        with self._sending, contextlib.suppress(ChannelError):
-            # who has all pages may have closed it; what else is wrong the return path tells
+        """Say that no more pages come, to who wants to know. Follows drain()."""
+        if self._ends:
             self._writer.put(struct.pack(">Q", RamFlag.EOS))
-            self._writer.flush()
+            # who has all pages may have left; what else is wrong the return path tells
+            with contextlib.suppress(ChannelError):
+                self._writer.flush()
 
     def cancel(self) -> None:
         """End every wait. Any thread, until close()."""
-        self._ending = True
+        self._cancelled = self._ending = True
         self._channel.cancel()
         self._bell.set()
 

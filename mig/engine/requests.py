@@ -20,7 +20,7 @@ class PageRequests:
     wake: set when there is something in the queue
     """
 
-    def __init__(self, search: PageSearch, wake: Wake | threading.Event) -> None:
+    def __init__(self, search: PageSearch, wake: Wake) -> None:
         self._search = search
         self._wake = wake
         self._lock = threading.Lock()
