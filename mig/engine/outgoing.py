@@ -465,10 +465,10 @@ class OutgoingMigration(PostcopySource):
 
     def _ram_stats(self) -> RamStats:
         search, counters, precopy = self._search, self._counters, self._precopy
-        urgent, lanes, fast = self._urgent, self._lanes, self._urgent_counters
+        lanes, fast = self._lanes, self._urgent_counters
         beside = self._saver.nbytes_beside if self._saver else 0
         transferred = beside + self._sent_before + (self._writer.offset if self._writer else 0)
-        transferred += urgent.nbytes if urgent else 0
+        transferred += self._urgent_bytes
         page_size = search.listed[0].pages.page_size if search and search.listed else 0
         running = transferred if self._running_bytes is None else self._running_bytes
         standing = transferred if self._handed_over is None else self._handed_over

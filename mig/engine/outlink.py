@@ -33,11 +33,19 @@ class SourceLink(Migration):
         self._writer: StreamWriter | None = None
         self._lanes: OutgoingLanes | None = None
         self._urgent: UrgentSender | None = None
+        # bytes sent over connections for urgent pages that are gone
+        self._urgent_before = 0
         self._requests: PageRequests | None = None
         # nobody is to be called up any more
         self._abandoned = False
         self._all_said = False
         self._last_call: threading.Timer | None = None
+
+    @property
+    def _urgent_bytes(self) -> int:
+        """Bytes sent over connections for urgent pages."""
+        urgent = self._urgent
+        return self._urgent_before + (urgent.nbytes if urgent is not None else 0)
 
     def _connect(self) -> Channel:
         channel = connect(self._uri, self._cancel, self.parameters.timeout)
@@ -82,6 +90,7 @@ class SourceLink(Migration):
             urgent, self._urgent = self._urgent, None
         if urgent is not None:
             urgent.close()
+            self._urgent_before += urgent.nbytes
         if channel is not None:
             channel.close()
 

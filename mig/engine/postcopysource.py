@@ -302,7 +302,6 @@ class PostcopySource(SourceLink):
     def _unlink(self) -> None:
         writer, self._writer = self._writer, None
         self._sent_before += writer.offset if writer else 0
-        self._sent_before += self._urgent.nbytes if self._urgent else 0
         self._close_channel()
         self._recovering.clear()
 
