@@ -52,24 +52,34 @@ def test_when_stuck_wants_numbers_that_make_sense():
             WhenStuck(**wrong)
 
 
-@pytest.mark.parametrize("policy", [AfterPasses(1), WhenStuck(factor=2.0, passes=1)])
-def test_a_guest_that_writes_too_much_goes_over_by_itself(postcopies, policy):
-    with mig.ProcessGuest(4 << 20, rate=0, fill="random") as guest:
-        guest.start()
-        far = postcopies.far()
-        # no pass is ever small enough
-        source = postcopies.source(
-            guest,
-            at_once=False,
-            postcopy=policy,
-            parameters={"max-bandwidth": 64 << 20, "downtime-limit": 0},
-        )
-        source.start(far.uri)
-        assert source.wait(FOREVER)
-        assert far.said("package")
-        assert source.query().ram.dirty_sync_count >= 2
-        assert far.same_as(guest.memory)
-        assert not far.twice
+class Busy(mig.SharedDirtyLog):
+    """The log of a guest that has always written."""
+
+    def sync(self, idstr, dirty):
+        if idstr == RAM:
+            for page in range(50):
+                self.mark(RAM, page)
+        return super().sync(idstr, dirty)
+
+
+@pytest.mark.parametrize(("policy", "passes"), [(AfterPasses, 1), (AfterPasses, 4), (WhenStuck, 3)])
+def test_a_guest_that_writes_too_much_goes_over_by_itself(postcopies, policy, passes):
+    mine = Box(5, dirty=Busy({RAM: NPAGES, "vga.vram": 16}))
+    far = postcopies.far()
+    # no pass is ever small enough
+    source = postcopies.source(
+        mine.guest,
+        at_once=False,
+        postcopy=policy(passes) if policy is AfterPasses else policy(),
+        parameters={"downtime-limit": 0},
+    )
+    source.start(far.uri)
+    assert source.wait(FOREVER)
+    assert far.said("package")
+    # and one more, when the guest was stopped
+    assert source.query().ram.dirty_sync_count == passes + 2
+    assert far.same_as(mine.memory)
+    assert not far.twice
 
 
 def test_a_guest_that_can_be_stopped_does_not_go_over(made, tmp_path):
