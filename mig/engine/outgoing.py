@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import select
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -19,6 +18,7 @@ from mig.engine.encoding import Encoding, adapts
 from mig.engine.goover import PostcopyPolicy
 from mig.engine.outcheck import check_outgoing, uses_return_path
 from mig.engine.outlanes import open_lanes
+from mig.engine.outstats import SentBytes, source_stats
 from mig.engine.postcopysource import PostcopySource
 from mig.engine.precopy import Precopy
 from mig.engine.rate import RateLimit
@@ -26,8 +26,6 @@ from mig.engine.recovery import RecoveryPolicy
 from mig.engine.unplug import Unplugging
 from mig.errors import (
     ChannelError,
-    IdleTimeoutError,
-    MigError,
 )
 from mig.events import Event, PassStarted
 from mig.guest import SourceGuest, UnpluggingGuest
@@ -433,65 +431,26 @@ class OutgoingMigration(PostcopySource):
         for notifier in self._notifiers:
             notifier(moment)
 
-    def _peer_failed(self, error: MigError) -> None:
-        """Called by another thread: the first error is set before the channel ends."""
-        with self._lock:
-            if self._handed_over is not None:
-                # nothing that went wrong before matters to a guest that lives elsewhere
-                return
-            self._fail(error)
-        self._interrupt()
-
-    def _lane_failed(self, error: MigError) -> None:
-        """Called by the channel's thread; the destination may be about to say the reason."""
-        self._fail(error)
-        if self._return_path is not None:
-            with contextlib.suppress(MigError):
-                self._return_path.wait_shut(1.0)
-        self._interrupt()
-
     def _interrupt(self) -> None:
         with self._lock:
             self._cancel.set()
             self._go_on.set()
             self._cut_off_soon()
 
-    def _sleep(self, seconds: float) -> None:
-        """Wait, but no longer than until parameters change."""
-        if seconds > 0:
-            with contextlib.suppress(IdleTimeoutError):
-                self._cancel.wait({self._wake.fd: select.POLLIN}, seconds)
-                self._wake.clear()
-
     def _ram_stats(self) -> RamStats:
-        search, counters, precopy = self._search, self._counters, self._precopy
-        lanes, fast = self._lanes, self._urgent_counters
         beside = self._saver.nbytes_beside if self._saver else 0
-        transferred = beside + self._sent_before + (self._writer.offset if self._writer else 0)
-        transferred += self._urgent_bytes
-        page_size = search.listed[0].pages.page_size if search and search.listed else 0
-        running = transferred if self._running_bytes is None else self._running_bytes
-        standing = transferred if self._handed_over is None else self._handed_over
-        stats = RamStats(
-            transferred=transferred,
-            remaining=search.remaining if search else 0,
-            total=counters.total,
-            duplicate=counters.fill + fast.fill,
-            normal=counters.normal + fast.normal,
-            page_size=page_size,
-            dirty_sync_count=precopy.passes if precopy else 0,
-            precopy_bytes=running,
-            downtime_bytes=standing - running,
-            postcopy_bytes=transferred - standing,
-            postcopy_requests=self._requests.total if self._requests is not None else 0,
-            multifd_bytes=beside,
-            dirty_sync_missed_zero_copy=lanes.copied if lanes else 0,
+        main = self._sent_before + (self._writer.offset if self._writer else 0)
+        sent = SentBytes(
+            total=main + beside + self._urgent_bytes,
+            running=self._running_bytes,
+            here=self._handed_over,
+            channels=beside if Capability.MULTIFD in self.capabilities else 0,
         )
-        if precopy is None:
-            return stats
-        return replace(
-            stats,
-            dirty_pages_rate=round(precopy.dirty_pages_per_second),
-            bandwidth=precopy.bandwidth,
-            pages_per_second=round(precopy.pages_per_second),
+        return source_stats(
+            sent,
+            (self._counters, self._urgent_counters),
+            self._search,
+            self._precopy,
+            requests=self._requests.total if self._requests is not None else 0,
+            missed_zero_copy=self._lanes.copied if self._lanes else 0,
         )

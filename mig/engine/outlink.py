@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import select
 import threading
 from abc import abstractmethod
 from collections.abc import Callable
@@ -73,6 +75,21 @@ class SourceLink(Migration):
     @abstractmethod
     def _link_failed(self, error: MigError) -> None:
         """Called by a thread of a connection that is of no use any more."""
+
+    def _lane_failed(self, error: MigError) -> None:
+        """Called by the channel's thread; the destination may be about to say the reason."""
+        self._fail(error)
+        if self._return_path is not None:
+            with contextlib.suppress(MigError):
+                self._return_path.wait_shut(1.0)
+        self._interrupt()
+
+    def _sleep(self, seconds: float) -> None:
+        """Wait, but no longer than until parameters change."""
+        if seconds > 0:
+            with contextlib.suppress(IdleTimeoutError):
+                self._cancel.wait({self._wake.fd: select.POLLIN}, seconds)
+                self._wake.clear()
 
     def _close_channel(self) -> None:
         """Let go of all connections."""

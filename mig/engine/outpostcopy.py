@@ -122,8 +122,9 @@ class PostcopyPhase:
             urgent.start()
         PostcopySender(
             self._search if urgent is None else urgent.search,
-            self._requests if urgent is None else None,
+            self._requests,
             saver,
+            serves=urgent is None,
             bandwidth=lambda: self._owner.parameters.max_postcopy_bandwidth,
             background=self._background,
             sleep=self._owner._sleep_until_woken,

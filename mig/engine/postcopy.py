@@ -39,7 +39,8 @@ class Walk(Protocol):
 class PostcopySender:
     """Sends what is left while the guest runs at the destination; matches postcopy of ram.c.
 
-    requests:   what goes first; None: it goes over another connection
+    requests:   what goes first
+    serves:     False: that goes over another connection
     saver:      the sections of the present connection
     bandwidth:  bytes a second for pages that nobody waits for, 0: no limit
     background: whether pages that nobody waits for are sent at all
@@ -51,9 +52,10 @@ class PostcopySender:
     def __init__(
         self,
         search: Walk,
-        requests: PageRequests | None,
+        requests: PageRequests,
         saver: RamSaver,
         *,
+        serves: bool = True,
         bandwidth: Callable[[], int],
         background: Callable[[], bool],
         sleep: Callable[[float | None], None],
@@ -62,6 +64,7 @@ class PostcopySender:
         self._search = search
         self._requests = requests
         self._saver = saver
+        self._serves = serves
         self._background = background
         self._sleep = sleep
         self._on_sent = on_sent
@@ -76,7 +79,7 @@ class PostcopySender:
             self._serve()
             if not self._background() and not self._search.inside_host_page:
                 # the last page may have gone just now
-                if self._search.remaining and not (self._requests and self._requests.pending):
+                if self._search.remaining and not (self._serves and self._requests.pending):
                     self._sleep(None)
                 continue
             room = self._limit.room()
@@ -95,10 +98,9 @@ class PostcopySender:
 
         A host page that has been begun is finished first: the destination puts it together.
         """
-        requests = self._requests
-        if requests is None:
+        if not self._serves:
             return
-        while not self._search.inside_host_page and (request := requests.pop()) is not None:
+        while not self._search.inside_host_page and (request := self._requests.pop()) is not None:
             batch = self._search.take(*request)
             if batch is not None:
                 self._send(batch)

@@ -340,6 +340,15 @@ class PostcopySource(SourceLink):
         if self._recovery is not None:
             self._recovery.recovered()
 
+    def _peer_failed(self, error: MigError) -> None:
+        """Called by another thread: the first error is set before the channel ends."""
+        with self._lock:
+            if self._handed_over is not None:
+                # nothing that went wrong before matters to a guest that lives elsewhere
+                return
+            self._fail(error)
+        self._interrupt()
+
     def _sleep_until_woken(self, seconds: float | None) -> None:
         with contextlib.suppress(IdleTimeoutError):
             self._cancel.wait({self._wake.fd: select.POLLIN}, seconds)
@@ -363,7 +372,3 @@ class PostcopySource(SourceLink):
     @abstractmethod
     def _postcopy_saver(self, writer: StreamWriter) -> RamSaver:
         """Return what writes the sections of a connection."""
-
-    @abstractmethod
-    def _peer_failed(self, error: MigError) -> None:
-        """Called by another thread before the guest was handed over: the migration fails."""

@@ -52,13 +52,16 @@ class SharedSearch:
     def next_batch(self, max_pages: int) -> PageBatch | None:
         """Take the next pages of the walk; see PageSearch.next_batch(). One thread alone."""
         with self._lock:
-            batch = self._search.next_batch(max_pages)
-            self._begun = None
-            if batch is not None and self._search.inside_host_page:
-                block, last = batch.block, int(batch.index[-1])
-                npages = block.host_page_size // block.pages.page_size
-                self._begun = block, last // npages * npages, block.host_page_end(last)
-            return batch
+            return self._walked(self._search.next_batch(max_pages))
+
+    def _walked(self, batch: PageBatch | None) -> PageBatch | None:
+        """Note where the walk is now."""
+        self._begun = None
+        if batch is not None and self._search.inside_host_page:
+            block, last = batch.block, int(batch.index[-1])
+            npages = block.host_page_size // block.pages.page_size
+            self._begun = block, last // npages * npages, block.host_page_end(last)
+        return batch
 
     def take(self, block: SourceBlock, first: int, npages: int) -> PageBatch | None:
         """Take what is dirty of these pages, and where the walk is not; host pages as a whole."""
