@@ -21,6 +21,7 @@
 #include "adaptive.h"
 #include "codec.h"
 #include "mig.h"
+#include "mappedlog.h"
 
 enum {
     MIG_MFD_MAGIC = 0x11223344,
@@ -133,7 +134,7 @@ int mig_mfd_send_channel(struct mig_mfd_sender *s, const struct mig_kernels *k, 
 /* ---- receiving ------------------------------------------------------------------------------ */
 
 struct mig_mfd_block {
-    const struct mig_pages *pages; /* memory; NULL: the page log */
+    const struct mig_pages *pages; /* memory; NULL: a file */
     uint64_t *received;
     bool fresh; /* memory whose bit in `received` is clear reads as zeros */
     int64_t *where; /* of the page log */
@@ -146,8 +147,9 @@ struct mig_mfd_receiver {
     const struct mig_ram_block *ram_blocks;
     const struct mig_mfd_block *blocks; /* of the same numbers */
     size_t nblocks;
-    struct mig_pagelog *log; /* NULL: memory */
+    struct mig_pagelog *log; /* a stream file, or */
     pthread_mutex_t *log_lock;
+    const struct mig_mappedlog *file; /* a mapped-ram file; both NULL: memory */
 
     pthread_mutex_t lock;
     pthread_cond_t arrived, released;

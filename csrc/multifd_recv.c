@@ -23,6 +23,7 @@ struct lane {
     struct mig_ram_parser burst; /* the packet, as if it were records in `plain` */
     uint64_t *raw;               /* pages of an adaptive packet that are read into memory */
     struct iovec *iov;
+    struct mig_mappedlog_writer writer; /* to r->file */
 };
 
 int mig_mfd_receiver_open(struct mig_mfd_receiver *r, unsigned nchannels, size_t page_size)
@@ -69,8 +70,11 @@ static int state(const struct mig_mfd_receiver *r)
 static int arrive(struct lane *l)
 {
     struct mig_mfd_receiver *r = l->r;
-    int rc;
+    int rc = r->file ? mig_mappedlog_flush(&l->writer) : 0;
 
+    if (rc < 0) {
+        return rc;
+    }
     pthread_mutex_lock(&r->lock);
     r->reached[l->id]++;
     pthread_cond_signal(&r->arrived);
@@ -226,6 +230,23 @@ static int check(const struct lane *l, const struct mig_mfd_block *block)
     return 0;
 }
 
+/* The pages of a packet into the file, from where they arrive. */
+static int read_to_file(struct lane *l, const struct mig_mfd_block *block)
+{
+    const struct mig_mfd_packet *p = &l->packet;
+    uint8_t *bytes;
+    int rc = mig_mappedlog_room(&l->writer, &bytes);
+
+    if (rc == 0) {
+        rc = read_all(l, bytes, p->normal * l->r->page_size);
+    }
+    if (rc == 0) {
+        rc = mig_mappedlog_write(&l->writer, &l->r->file->blocks[block - l->r->blocks], p->page,
+                                p->normal);
+    }
+    return rc;
+}
+
 /* Adds a record to the burst, of `nbytes` bytes at `src`. */
 static void add(struct lane *l, uint16_t kind, uint64_t page, int64_t src, size_t nbytes)
 {
@@ -246,6 +267,9 @@ static int read_data(struct lane *l, const struct mig_mfd_block *block)
 
     if (l->r->codec == MIG_CODEC_NONE && block->pages) {
         return read_pages(l, block, p->page, p->normal);
+    }
+    if (l->r->codec == MIG_CODEC_NONE && l->r->file) {
+        return read_to_file(l, block);
     }
     if (l->r->codec == MIG_CODEC_NONE) {
         rc = read_all(l, l->plain, nbytes);
@@ -342,6 +366,9 @@ static int take_pages(struct lane *l)
     if (block->pages) {
         return mig_ram_place(l->k, &l->burst, block->pages, block->received, block->fresh,
                              l->plain);
+    }
+    if (r->file) {
+        return mig_mappedlog_put(&l->writer, &l->burst, l->plain);
     }
     pthread_mutex_lock(r->log_lock);
     rc = mig_pagelog_put(r->log, &l->burst, block->where, l->plain);
@@ -468,8 +495,17 @@ int mig_mfd_receive_channel(struct mig_mfd_receiver *r, const struct mig_kernels
     struct lane l = {.r = r, .k = k, .fd = fd, .id = id};
     int rc = open_lane(&l);
 
+    if (rc == 0 && r->file) {
+        rc = mig_mappedlog_open(&l.writer, r->file);
+    }
     if (rc == 0) {
         rc = work(&l, place);
+    }
+    if (rc == 0 && r->file) {
+        rc = mig_mappedlog_flush(&l.writer);
+    }
+    if (r->file) {
+        mig_mappedlog_close(&l.writer);
     }
     close_lane(&l);
     pthread_mutex_lock(&r->lock);

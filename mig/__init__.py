@@ -34,6 +34,7 @@ except ModuleNotFoundError as _error:
     ) from None
 
 from mig import errors, xbzrle
+from mig.conversion import convert
 from mig.dirty import DirtyLog, SharedDirtyLog, WriteTracker
 from mig.engine import (
     AfterPasses,
@@ -48,7 +49,14 @@ from mig.engine import (
 )
 from mig.errors import MigError
 from mig.guest import DestinationGuest, MemoryGuest, ProcessGuest, SourceGuest, UnpluggingGuest
-from mig.image import StreamCapture, StreamImage, open_image
+from mig.image import (
+    Image,
+    MappedCapture,
+    MappedImage,
+    StreamCapture,
+    StreamImage,
+    open_image,
+)
 from mig.memory import GuestMemory, RamBlock
 from mig.options import Capability, Parameters
 from mig.savevm.registry import DeviceRegistry
@@ -69,7 +77,10 @@ __all__ = [
     "DeviceRegistry",
     "DirtyLog",
     "GuestMemory",
+    "Image",
     "IncomingMigration",
+    "MappedCapture",
+    "MappedImage",
     "MemoryGuest",
     "MigError",
     "Moment",
@@ -89,6 +100,7 @@ __all__ = [
     "WriteTracker",
     "XbzrleCache",
     "__version__",
+    "convert",
     "errors",
     "is_zero",
     "open_image",

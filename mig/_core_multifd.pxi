@@ -72,6 +72,7 @@ cdef extern from "multifd.h" nogil:
         size_t nblocks
         mig_pagelog *log
         pthread_mutex_t *log_lock
+        const mig_mappedlog *file
         uint64_t syncs
         uint64_t *reached
         int64_t *ended
@@ -305,8 +306,8 @@ cdef class MultifdReceiver:
 
     parser: of the main stream; has the blocks
 
-    Each block is given to `to_memory` or `refuse`, or all of them to `to_log`, before the first
-    `run`.
+    Each block is given to `to_memory` or `refuse`, or all of them to `to_log` or
+    `to_file`, before the first `run`.
     """
     cdef mig_mfd_receiver c
     cdef mig_mfd_block *blocks
@@ -373,6 +374,13 @@ cdef class MultifdReceiver:
         self.c.log = &log.c
         self.c.log_lock = &log.lock
 
+    def to_file(self, MappedLog file not None):
+        """Put all pages into a file of the same blocks."""
+        if file.parser is not self.parser:
+            raise ValueError("the file has other blocks")
+        self.kept.append(file)
+        self.c.file = &file.c
+
     def run(self, int channel, Descriptor fd not None, uint64_t offset=MIG_MFD_INIT):
         """Be one channel until it ends between two packets; raises what else ended it.
 
@@ -385,7 +393,7 @@ cdef class MultifdReceiver:
         if not 0 <= channel < <int>self.nchannels:
             raise ValueError(f"channel {channel} of {self.nchannels}")
         for i in range(self.c.nblocks):
-            if (self.c.log == NULL and self.blocks[i].pages == NULL
+            if (self.c.log == NULL and self.c.file == NULL and self.blocks[i].pages == NULL
                     and self.table[i].npages):
                 raise ValueError(f"nobody takes the pages of block {i}")
         place.offset = offset

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from uuid import UUID
 
 from mig import wire
 from mig.errors import StreamError
+from mig.mapped import MappedFile, MappedRamHeader, Regions
 from mig.stream.reader import StreamReader
 from mig.wire import CommandType, RamFlag, ReturnType, SectionType
 
@@ -318,18 +319,21 @@ class ReturnMessage:
 class BlockInfo:
     """One entry of the block list.
 
-    counted idstr, be64 used_length (bytes), [be64 host_page_size], [be64 address]
+    counted idstr, be64 used_length (bytes), [be64 host_page_size], [be64 address], [header of
+    mapped-ram]
 
     host_page_size: bytes of the pages it is made of where these are not the host's, in a stream
              with postcopy-ram; else None
     address: where it stands in guest-physical memory, in a stream with x-ignore-shared; None in
              any other
+    mapped:  where its pages are, in a file with mapped-ram; else None
     """
 
     idstr: str
     used_length: int
     address: int | None = None
     host_page_size: int | None = None
+    mapped: MappedRamHeader | None = None
 
     def npages(self, page_size: int) -> int:
         """Return the number of target pages."""
@@ -338,13 +342,17 @@ class BlockInfo:
     def encode(self) -> bytes:
         """Return the entry."""
         more = [x for x in (self.host_page_size, self.address) if x is not None]
-        return counted(self.idstr) + struct.pack(f">{1 + len(more)}Q", self.used_length, *more)
+        entry = counted(self.idstr) + struct.pack(f">{1 + len(more)}Q", self.used_length, *more)
+        return entry if self.mapped is None else entry + self.mapped.encode()
 
     @classmethod
     def read(
         cls, reader: StreamReader, page_size: int, *, addresses: bool, host_pages: bool
     ) -> BlockInfo:
-        """Read one entry, with what ``addresses`` and ``host_pages`` say may be there."""
+        """Read one entry, with what ``addresses`` and ``host_pages`` say may be there.
+
+        A header of mapped-ram is left to the BlockList, which knows what else is in the file.
+        """
         idstr = reader.text("name of a RAM block")
         used_length = reader.u64("the block list")
         host_page_size = cls._read_host_page_size(reader, page_size) if host_pages else None
@@ -376,10 +384,42 @@ class BlockList:
         """Sum of the blocks' lengths in bytes."""
         return sum(block.used_length for block in self.blocks)
 
+    @property
+    def _word(self) -> bytes:
+        return struct.pack(">Q", self.total | RamFlag.MEM_SIZE)
+
     def encode(self) -> bytes:
         """Return word and list."""
-        word = struct.pack(">Q", self.total | RamFlag.MEM_SIZE)
-        return word + b"".join(block.encode() for block in self.blocks)
+        return self._word + b"".join(block.encode() for block in self.blocks)
+
+    def laid_out(self, at: int, page_size: int) -> BlockList:
+        """Return this list with headers of mapped-ram, as QEMU places them.
+
+        at: offset of the file where the word is
+        """
+        blocks = []
+        at += len(self._word)
+        for block in self.blocks:
+            at += len(replace(block, mapped=None).encode())
+            mapped = MappedRamHeader.lay_out(at, block.used_length, page_size)
+            blocks.append(replace(block, mapped=mapped))
+            at = mapped.regions(block.used_length)[1][1]
+        return BlockList(tuple(blocks))
+
+    def pieces(self, at: int) -> tuple[list[tuple[int, bytes]], int]:
+        """Return what `encode` does of a list that is laid out, in pieces with their places.
+
+        Those are offsets of the file; the last result is where the stream goes on.
+        """
+        pieces, piece = [], self._word
+        for block in self.blocks:
+            assert block.mapped is not None
+            pieces.append((at, piece + block.encode()))
+            at, piece = block.mapped.regions(block.used_length)[1][1], b""
+        if piece:
+            pieces.append((at, piece))
+            at += len(piece)
+        return pieces, at
 
     @classmethod
     def read(
@@ -390,16 +430,19 @@ class BlockList:
         *,
         addresses: bool = False,
         host_pages: bool = False,
+        mapped: MappedFile | None = None,
     ) -> BlockList:
         """Read the list that follows a MEM_SIZE word of ``total`` bytes.
 
         addresses: whether it is one with addresses (capability x-ignore-shared)
         host_pages: whether blocks may name the size of their pages (capability postcopy-ram)
+        mapped: the file it is in, when that is one with mapped-ram
         """
         at = reader.offset
         if total > wire.MAX_RAM_BYTES:
             raise reader.error(f"{total} bytes of RAM are past the limit", offset=at)
         blocks: dict[str, BlockInfo] = {}
+        regions = None if mapped is None else Regions(reader, mapped)
         left = total
         while left:
             at = reader.offset
@@ -414,8 +457,15 @@ class BlockList:
                     f"(pages of {page_size}, {left} bytes of the total left)",
                     offset=at,
                 )
+            if regions is not None:
+                header = regions.read(
+                    block.idstr, block.used_length, page_size, may_be_left_out=addresses
+                )
+                block = replace(block, mapped=header)
             blocks[block.idstr] = block
             left -= block.used_length
+        if regions is not None:
+            regions.check_overlaps()
         return cls(tuple(blocks.values()))
 
 

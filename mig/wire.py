@@ -26,6 +26,15 @@ MULTIFD_HEADER: Final = 320
 MULTIFD_DATA: Final = 512 << 10
 
 
+#: version of the header of a block in a mapped-ram file (MAPPED_RAM_HDR_VERSION)
+MAPPED_RAM_VERSION: Final = 1
+#: what the place of a block's pages in such a file is rounded up to, in bytes
+#: (MAPPED_RAM_FILE_OFFSET_ALIGNMENT)
+MAPPED_RAM_ALIGNMENT: Final = 1 << 20
+#: its bitmaps are made of words of so many bits
+MAPPED_RAM_WORD_BITS: Final = 64
+
+
 class SectionType(IntEnum):
     """The type byte before everything in the main stream (QEMU_VM_*)."""
 

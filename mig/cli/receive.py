@@ -20,14 +20,22 @@ from mig.cli.common import (
 from mig.engine import IncomingMigration
 from mig.errors import MigError
 from mig.events import Event, Listening, StatusChanged
-from mig.image import StreamCapture
-from mig.options import Parameters
+from mig.image import MappedCapture, StreamCapture
+from mig.options import Capability, Parameters
 from mig.state import Status
+
+_FORMATS = {"mapped-ram": MappedCapture, "stream": StreamCapture}
 
 
 @click.command()
 @click.argument("uri")
 @click.argument("file", type=click.Path(dir_okay=False))
+@click.option(
+    "--format",
+    "format_",
+    type=click.Choice(sorted(_FORMATS)),
+    help="What FILE is to be: mapped-ram, or with x-ignore-shared a stream.",
+)
 @click.option("--fsync", is_flag=True, help="Have FILE on stable storage before saying so.")
 @capability_option
 @parameter_option
@@ -36,6 +44,7 @@ from mig.state import Status
 def receive(
     uri: str,
     file: str,
+    format_: str | None,
     fsync: bool,
     capabilities: tuple[str, ...],
     parameters: tuple[str, ...],
@@ -46,8 +55,10 @@ def receive(
     FILE is written around the page cache; with -p direct-io=off through it, which a slow disk may
     ask for.
 
-    FILE is an ordinary migration stream: `mig send` sends it, and so does QEMU's
-    `-incoming "exec:cat FILE"`. It appears when everything is received, or not at all.
+    FILE appears when everything is received, or not at all. As mapped-ram it has a place for every
+    page, and QEMU 9.0 and later start from it with `-incoming file:FILE` and capability mapped-ram;
+    as a stream it is what any QEMU starts from, with `-incoming "exec:cat FILE"`. `mig send` sends
+    either.
 
     With -c postcopy-ram the source may go into postcopy (for QEMU: migrate-start-postcopy). If the
     connection breaks then, URI is listened on again, for the source to resume.
@@ -58,7 +69,10 @@ def receive(
     chosen_capabilities = parse_capabilities(capabilities)
     chosen_parameters = parse_parameters(parameters)
     direct_io = Parameters.from_qmp(chosen_parameters).direct_io
-    capture = StreamCapture(file, fsync=fsync, direct_io=direct_io)
+    shared = chosen_capabilities.get(Capability.X_IGNORE_SHARED, False)
+    capture = _FORMATS[format_ or ("stream" if shared else "mapped-ram")](
+        file, fsync=fsync, direct_io=direct_io
+    )
     try:
         migration = IncomingMigration(
             capture,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from mig.channel import carries_return_path, parse_uri, require_many_connections
 from mig.engine.encoding import adapts
+from mig.engine.mapped import require_mapped
 from mig.errors import OptionError
 from mig.guest import SourceGuest
 from mig.options import Capability, Parameters
@@ -24,10 +25,12 @@ def check_outgoing(
     uri: str, capabilities: frozenset[Capability], parameters: Parameters, guest: SourceGuest
 ) -> None:
     """OptionError when the URI or the guest cannot do what a capability needs."""
-    if {Capability.MULTIFD, Capability.POSTCOPY_PREEMPT} & capabilities:
+    if Capability.MAPPED_RAM in capabilities:
+        require_mapped(uri, capabilities)
+    elif {Capability.MULTIFD, Capability.POSTCOPY_PREEMPT} & capabilities:
         require_many_connections(uri)
-    adaptive = Capability.MULTIFD in capabilities and adapts(parameters)
-    if adaptive and not uses_return_path(capabilities):
+    channels = Capability.MULTIFD in capabilities and Capability.MAPPED_RAM not in capabilities
+    if channels and adapts(parameters) and not uses_return_path(capabilities):
         raise OptionError("multifd-compression adaptive needs capability 'return-path'")
     able = carries_return_path(parse_uri(uri))
     if uses_return_path(capabilities) and not able:

@@ -30,6 +30,7 @@ from mig.errors import (
 from mig.events import Event, PassStarted
 from mig.guest import SourceGuest, UnpluggingGuest
 from mig.options import (
+    AGREED,
     OUTGOING_CAPABILITIES,
     Capability,
     MigMode,
@@ -193,7 +194,7 @@ class OutgoingMigration(PostcopySource):
         self._notify(Moment.SETUP)
         search, encoding = self._prepare_search()
         self._send_start(channel, writer)
-        encoder = self._choose_encoder(writer, search, encoding)
+        encoder = self._choose_encoder(channel, writer, search, encoding)
         saver = self._saver = self._make_saver(writer, encoder)
         saver.start()
         self._link_urgent_early()
@@ -247,8 +248,10 @@ class OutgoingMigration(PostcopySource):
         return saver
 
     def _choose_encoder(
-        self, writer: StreamWriter, search: PageSearch, encoding: Encoding
+        self, channel: Channel, writer: StreamWriter, search: PageSearch, encoding: Encoding
     ) -> PageEncoder:
+        if Capability.MAPPED_RAM in self.capabilities:
+            return encoding.mapped(channel)
         if Capability.MULTIFD not in self.capabilities or not search.listed:
             return encoding.main_stream(writer)
         if adapts(self.parameters):
@@ -315,8 +318,8 @@ class OutgoingMigration(PostcopySource):
         if configuration is not None:
             if Capability.VALIDATE_UUID not in self.capabilities:
                 configuration = replace(configuration, uuid=None)
-            agreed = (str(Capability.X_IGNORE_SHARED),) if self._ignores_shared else None
-            writer.put(replace(configuration, capabilities=agreed).encode())
+            agreed = tuple(str(name) for name in AGREED if name in self.capabilities)
+            writer.put(replace(configuration, capabilities=agreed or None).encode())
         if uses_return_path(self.capabilities):
             self._open_return_path(channel)
             writer.put(Command(CommandType.OPEN_RETURN_PATH).encode())

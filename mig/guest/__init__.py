@@ -3,6 +3,7 @@
 from mig.guest.base import (
     DestinationGuest,
     LaneTarget,
+    MappedTarget,
     PerVcpuGuest,
     PostcopyTarget,
     ReleasingGuest,
@@ -21,6 +22,7 @@ __all__ = [
     "GuestReport",
     "KvmGuest",
     "LaneTarget",
+    "MappedTarget",
     "MemoryGuest",
     "PerVcpuGuest",
     "PostcopyTarget",

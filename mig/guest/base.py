@@ -187,8 +187,18 @@ class LaneTarget(Protocol):
     def open_lanes(
         self, receiver: _core.MultifdReceiver, parser: _core.RamParser, section_id: int
     ) -> None:
-        """Say where the pages of each block go: `to_memory`, `to_log` or, for blocks that are not
-        to be sent, `refuse`. Follows open_blocks().
+        """Say where the pages of each block go: `to_memory`, `to_log`, `to_file` or, for blocks
+        that are not to be sent, `refuse`. Follows open_blocks().
 
         section_id: of `ram`
+        """
+
+
+@runtime_checkable
+class MappedTarget(Protocol):
+    """What a DestinationGuest needs besides for capability mapped-ram."""
+
+    def mapped_blocks(self) -> Sequence[tuple[_core.Pages, bool]]:
+        """Return where the pages of each block go, in the order of the block list, and whether
+        all of them are zero as yet. Follows open_blocks(), once.
         """

@@ -211,6 +211,15 @@ class MemoryGuest:
             pages, received, fresh = self._loading[parser.current]
             parser.place(data, start, pages, received, fresh)
 
+    def land(
+        self, parser: _core.RamParser, fd: _core.Descriptor, data: bytearray, held: int
+    ) -> tuple[int, int, bool] | None:
+        """Read pages straight into memory that nobody has written yet."""
+        pages, received, fresh = self._loading[parser.current]
+        if not fresh or self._faults is not None or parser.current in self._ignored:
+            return None
+        return _core.land_in_memory(fd, parser, pages, received, data, held)
+
     def open_lanes(
         self, receiver: _core.MultifdReceiver, parser: _core.RamParser, section_id: int
     ) -> None:
@@ -220,6 +229,10 @@ class MemoryGuest:
                 receiver.refuse(number)
             else:
                 receiver.to_memory(number, pages, received, fresh)
+
+    def mapped_blocks(self) -> Sequence[tuple[_core.Pages, bool]]:
+        """Have a file's pages read straight into memory."""
+        return [(pages, fresh) for pages, _, fresh in self._loading]
 
     def ram_started(self, section_id: int, footers: bool) -> None:
         """Nothing to note."""

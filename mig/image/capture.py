@@ -1,100 +1,79 @@
-"""StreamCapture: a destination that keeps the VM in a file, as an ordinary migration stream."""
+"""Capture: a destination that keeps the VM in a file, whatever the file's format."""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import os
-import secrets
-import stat
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from uuid import UUID
 
 from mig import _core
-from mig.errors import ChannelError, MismatchError
+from mig.errors import MismatchError
+from mig.image.newfile import NewFile
 from mig.postcopy.commands import Advise
 from mig.postcopy.times import PostcopyTimes
-from mig.records import (
-    BlockInfo,
-    BlockList,
-    Command,
-    Configuration,
-    FileHeader,
-    SectionHeader,
-    encode_continuation,
-    encode_footer,
-)
+from mig.records import BlockInfo, BlockList, Command, Configuration, encode_footer
 from mig.savevm.devices import DeviceState
 from mig.savevm.vmdesc import DeviceDescription, encode_description
-from mig.wire import (
-    DEFAULT_PAGE_BITS,
-    RAM_IDSTR,
-    RAM_VERSION,
-    CommandType,
-    RamFlag,
-    SectionType,
-)
+from mig.wire import DEFAULT_PAGE_BITS, CommandType, RamFlag
 
-_EOS = int(RamFlag.EOS).to_bytes(8, "big")
+#: what ends the payload of a section of RAM
+EOS = int(RamFlag.EOS).to_bytes(8, "big")
 
 
-class StreamCapture:
+class Capture(ABC):
     """Writes what is received into ``path``; satisfies DestinationGuest.
 
     fsync:     have the file on stable storage before the source is told that all is well
     direct_io: write around the page cache where the file system can (QEMU's parameter direct-io):
-               half the work and no memory of the host's, but at the pace of the disk; pages that
-               the source sends again cost a read of their surroundings
+               half the work and no memory of the host's, but at the pace of the disk
 
-    The file holds every page once, however often the source sent it: a page that comes again is
-    rewritten in its place. No guest memory is held, so the VM may be larger than this host. The
-    file appears, complete, in commit(), or not at all.
+    No guest memory is held, so the VM may be larger than this host. The file holds every page once,
+    however often the source sent it; it appears, complete, in commit(), or not at all.
     """
 
     def __init__(
         self, path: str | os.PathLike[str], *, fsync: bool = False, direct_io: bool = True
     ) -> None:
-        self.path = Path(path)
-        self._fsync = fsync
+        self._file = NewFile(path, fsync=fsync)
+        self.path = self._file.path
         self._direct_io = direct_io
-        self._direct_fd = -1
-        try:
-            regular = stat.S_ISREG(self.path.stat().st_mode)
-        except FileNotFoundError:
-            regular = True
-        except OSError as error:
-            raise ChannelError(f"{self.path}: {error.strerror}") from error
-        if not regular:
-            raise ChannelError(f"{self.path} exists and is not a regular file")
-        self._partial: Path | None = None
-        self._fd = self._open()
         self._configuration: Configuration | None = None
         self._blocks = BlockList()
         self._section_id = 1
         self._footers = True
         self._switchover_start = False
-        self._log: _core.PageLog | None = None
         # of a source that may go into postcopy: by block, the pages that are there
         self._received: dict[str, _core.Bitmap] | None = None
         self._page_size = 1 << DEFAULT_PAGE_BITS
         self._postcopy = False
         self._state: DeviceState | None = None
 
-    def _open(self) -> int:
-        """A file without a name where the file system can, else one that abort() removes."""
-        folder = self.path.parent
-        try:
-            with contextlib.suppress(OSError, AttributeError):
-                return os.open(folder, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
-            self._partial = self._beside()
-            return os.open(self._partial, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o600)
-        except OSError as error:
-            raise ChannelError(f"{self.path}: {error.strerror}") from error
+    # ---- what a format does -----------------------------------------------------------------
 
-    def _beside(self) -> Path:
-        # the name of the file itself may be as long as a name can be
-        return self.path.with_name(f".mig-{secrets.token_hex(8)}.partial")
+    @property
+    @abstractmethod
+    def _has_pages(self) -> bool:
+        """Whether there is a place for pages already."""
+
+    @abstractmethod
+    def _open_pages(self, parser: _core.RamParser) -> None:
+        """Have a place for the pages of the parser's blocks, if there is none yet."""
+
+    @abstractmethod
+    def _put(
+        self, parser: _core.RamParser, data: bytes | bytearray | memoryview, start: int
+    ) -> None:
+        """Write a burst of pages."""
+
+    @abstractmethod
+    def _serve_lanes(self, receiver: _core.MultifdReceiver) -> None:
+        """Have channels put pages there."""
+
+    @abstractmethod
+    def _write_end(self, state: DeviceState) -> None:
+        """Write all that there is besides pages, and what was not written yet."""
 
     # ---- what the loader says ---------------------------------------------------------------
 
@@ -112,7 +91,7 @@ class StreamCapture:
 
     def ram_started(self, section_id: int, footers: bool) -> None:
         """Keep the id; the file's own sections will look like the source's."""
-        if self._log is not None and (section_id, footers) != (self._section_id, self._footers):
+        if self._has_pages and (section_id, footers) != (self._section_id, self._footers):
             raise MismatchError("the setup section has pages in it: such a stream cannot be kept")
         self._section_id, self._footers = section_id, footers
 
@@ -121,8 +100,9 @@ class StreamCapture:
     ) -> None:
         """Write a burst of pages."""
         if parser.npages:
-            with self._naming_file():
-                self._open_log(parser).put(data, start, parser)
+            with self._file.naming():
+                self._open_pages(parser)
+                self._put(parser, data, start)
             if self._received is not None:
                 idstr = self._blocks.blocks[parser.current].idstr
                 _core.mark_received(parser, self._received[idstr])
@@ -135,10 +115,11 @@ class StreamCapture:
     def open_lanes(
         self, receiver: _core.MultifdReceiver, parser: _core.RamParser, section_id: int
     ) -> None:
-        """Have the channels put pages into the file, one at a time."""
+        """Have the channels put pages into the file."""
         self._section_id = section_id
-        with self._naming_file():
-            receiver.to_log(self._open_log(parser))
+        with self._file.naming():
+            self._open_pages(parser)
+            self._serve_lanes(receiver)
 
     def switchover_started(self) -> None:
         """Keep the command for the file."""
@@ -152,22 +133,12 @@ class StreamCapture:
         if self._postcopy:
             self._state = state
         else:
-            self._write_end(state)
+            self._finish(state)
 
-    def _write_end(self, state: DeviceState) -> None:
-        tail = [_EOS, self._footer()]
-        if self._switchover_start:
-            tail.append(Command(CommandType.SWITCHOVER_START).encode())
-        tail += [encode_continuation(SectionType.END, self._section_id), _EOS, self._footer()]
-        tail.append(state.raw)
-        with self._naming_file():
-            log = self._open_log(_core.RamParser([], self._page_size))
-            if self._postcopy and self._received is not None:
-                for number, received in enumerate(self._received.values()):
-                    _core.blank_missing(log, number, received)
-            log.put_zeros()
-            log.append(b"".join(tail))
-            log.finish()
+    def _finish(self, state: DeviceState) -> None:
+        with self._file.naming():
+            self._open_pages(self._any_parser())
+            self._write_end(state)
 
     # ---- postcopy: no guest runs here, so the source sends all in its own order ---------------
 
@@ -187,8 +158,8 @@ class StreamCapture:
     def postcopy_listen(self, requests: _core.PageRequests) -> None:
         """Be ready for two connections that bring pages."""
         self._postcopy = True
-        with self._naming_file():
-            self._open_log(self._any_parser())
+        with self._file.naming():
+            self._open_pages(self._any_parser())
 
     def postcopy_run(self) -> None:
         """Nothing runs."""
@@ -224,107 +195,42 @@ class StreamCapture:
             ]
             text = encode_description(devices, self._page_size)
             state = dataclasses.replace(state, raw=state.raw + text)
-        self._write_end(state)
-
-    @contextlib.contextmanager
-    def _naming_file(self) -> Iterator[None]:
-        try:
-            yield
-        except ChannelError as error:
-            raise ChannelError(f"{self.path}: {error}") from error
+        self._finish(state)
 
     # ---- pieces -----------------------------------------------------------------------------
 
     def _footer(self) -> bytes:
         return encode_footer(self._section_id) if self._footers else b""
 
+    def _switchover(self) -> bytes:
+        return Command(CommandType.SWITCHOVER_START).encode() if self._switchover_start else b""
+
     def _any_parser(self) -> _core.RamParser:
         page_size = self._page_size
         blocks = [(b.idstr.encode(), b.npages(page_size)) for b in self._blocks.blocks]
         return _core.RamParser(blocks, page_size)
 
-    def _open_log(self, parser: _core.RamParser) -> _core.PageLog:
-        """Everything up to the first page, then the log of pages."""
-        if self._log is None:
-            head = [FileHeader().encode()]
-            if self._configuration is not None:
-                head.append(self._configuration.encode())
-            ram = SectionHeader(self._section_id, RAM_IDSTR, 0, RAM_VERSION)
-            head += [ram.encode(SectionType.START), self._blocks.encode(), _EOS, self._footer()]
-            head.append(encode_continuation(SectionType.PART, self._section_id))
-            if self._direct_io:
-                # not every file system can
-                with contextlib.suppress(OSError):
-                    flags = os.O_WRONLY | os.O_DIRECT | os.O_CLOEXEC
-                    self._direct_fd = os.open(f"/proc/self/fd/{self._fd}", flags)
-            self._log = _core.PageLog(self._fd, parser, direct_fd=self._direct_fd)
-            self._log.append(b"".join(head))
-        return self._log
+    @property
+    def _direct_fd(self) -> int:
+        return self._file.direct_fd if self._direct_io else -1
 
     # ---- ends -------------------------------------------------------------------------------
 
     def commit(self) -> None:
         """Give the file its name, replacing an older one."""
-        try:
-            if self._fsync:
-                os.fsync(self._fd)
-            os.fchmod(self._fd, 0o666 & ~_umask())
-            if self._partial is None:
-                self._partial = self._give_name()
-            self._partial.replace(self.path)
-            self._partial = None
-            if self._fsync:
-                _fsync_folder(self.path.parent)
-        except OSError as error:
-            raise ChannelError(f"{self.path}: {error.strerror}") from error
+        self._file.commit()
         self.close()
-
-    def _give_name(self) -> Path:
-        """Link the nameless file beside its place: linkat() itself would not replace a file."""
-        partial = self._beside()
-        folder = os.open(self.path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            # only with a directory descriptor does Python follow the link in /proc
-            source = f"/proc/self/fd/{self._fd}"
-            os.link(source, partial.name, dst_dir_fd=folder, follow_symlinks=True)
-        finally:
-            os.close(folder)
-        return partial
 
     def abort(self) -> None:
         """Leave nothing behind."""
-        if self._partial is not None:
-            with contextlib.suppress(OSError):
-                self._partial.unlink()
-            self._partial = None
+        self._file.abort()
         self.close()
 
     def __del__(self) -> None:
         # of a capture that no migration ever used
-        if hasattr(self, "_fd"):
+        if hasattr(self, "_file"):
             self.abort()
 
     def close(self) -> None:
         """Release the descriptor."""
-        self._log = None
-        for fd in (self._fd, self._direct_fd):
-            if fd >= 0:
-                os.close(fd)
-        self._fd = self._direct_fd = -1
-
-
-def _umask() -> int:
-    """The process's umask, which can only be read by setting it."""
-    with Path("/proc/self/status").open() as status:
-        for line in status:
-            if line.startswith("Umask:"):
-                return int(line.split()[1], 8)
-    return 0o077
-
-
-def _fsync_folder(folder: Path) -> None:
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+        self._file.close()

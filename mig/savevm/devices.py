@@ -35,6 +35,11 @@ class DeviceSection:
     payload: bytes
     offset: int
 
+    @property
+    def payload_offset(self) -> int:
+        """Offset of the payload from the start of the device state."""
+        return self.offset + 6 + len(self.idstr) + _INSTANCE_VERSION.size
+
 
 @dataclass(frozen=True, slots=True)
 class DeviceState:

@@ -9,7 +9,7 @@ from typing import Final, Protocol
 from mig.errors import IdleTimeoutError, MismatchError, StreamError, UnsupportedError
 from mig.multifd.dialect import dialect_of
 from mig.options.capability import CAPABILITIES, Capability
-from mig.ram.load import PageLanes, PageSink, RamLoader
+from mig.ram.load import MappedPages, PageLanes, PageSink, RamLoader
 from mig.records import Command, Configuration, FileHeader, SectionHeader
 from mig.savevm.devices import DeviceState, DeviceTail
 from mig.stats import RamCounters
@@ -65,6 +65,7 @@ class StreamLoader:
     decompress_threads: how many inflate compressed pages
     lanes:      channels that bring pages beside the stream
     capabilities: those that are on here; None: take the stream as it is
+    mapped:     loads the pages of a stream with mapped-ram, where one can be
 
     Matches qemu_loadvm_state(); unlike QEMU it takes the device state as a whole.
     """
@@ -80,7 +81,10 @@ class StreamLoader:
         decompress_threads: int = 2,
         lanes: PageLanes | None = None,
         capabilities: Collection[Capability] | None = (),
+        mapped: MappedPages | None = None,
     ) -> None:
+        self._mapped = mapped
+        self._is_mapped = Capability.MAPPED_RAM in (capabilities or ())
         self._lanes = lanes
         self._dialect = dialect_of(None)
         self._reader = reader
@@ -145,13 +149,18 @@ class StreamLoader:
                 raise StreamError(
                     f"Received unknown capability {name}", offset=at, section="configuration"
                 )
-        if Capability.MAPPED_RAM in theirs:
+        if Capability.MAPPED_RAM in theirs and self._mapped is None:
             raise UnsupportedError(
                 "the stream needs mapped-ram",
                 capability=Capability.MAPPED_RAM,
                 offset=at,
                 section="configuration",
             )
+        if self._is_mapped and Capability.MAPPED_RAM not in theirs:
+            raise MismatchError(
+                f"Capability {Capability.MAPPED_RAM} is on, but received capability is off"
+            )
+        self._is_mapped = Capability.MAPPED_RAM in theirs
         received = Capability.X_IGNORE_SHARED in theirs
         if self._capabilities is not None and received != self._ignore_shared:
             raise MismatchError(
@@ -212,6 +221,7 @@ class StreamLoader:
             sync_every_section=self._dialect.sync_every_section,
             addresses=self._ignore_shared,
             host_pages=self._host_pages,
+            mapped=self._mapped if self._is_mapped else None,
         )
         self._ram_id = header.section_id
         self._ram.load_payload()

@@ -1,0 +1,400 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later
+ * A mapped-ram file while it is written: see mappedlog.h. */
+#include <errno.h>
+#include <fcntl.h>
+#include <linux/aio_abi.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/syscall.h>
+#include <sys/types.h>
+#include <unistd.h>
+
+#include "mappedlog.h"
+
+int mig_mappedlog_open(struct mig_mappedlog_writer *w, const struct mig_mappedlog *file)
+{
+    size_t page_size = file->page_size, buffer, nbytes;
+    aio_context_t context = 0;
+    void *memory;
+
+    memset(w, 0, sizeof(*w));
+    w->file = file;
+    w->capacity = page_size < MIG_MAPPEDLOG_BUFFER ? MIG_MAPPEDLOG_BUFFER / page_size : 1;
+    buffer = w->capacity * page_size;
+    nbytes = MIG_MAPPEDLOG_NBUFFERS * buffer;
+    memory = mmap(NULL, nbytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (memory == MAP_FAILED) {
+        return MIG_E_NOMEM;
+    }
+    w->bytes = memory;
+    w->pages = calloc(MIG_MAPPEDLOG_NBUFFERS * w->capacity, sizeof(*w->pages));
+    if (!w->pages) {
+        return MIG_E_NOMEM;
+    }
+    for (size_t i = 0; i < MIG_MAPPEDLOG_NBUFFERS; i++) {
+        w->buffers[i].bytes = w->bytes + i * buffer;
+        w->buffers[i].page = w->pages + i * w->capacity;
+    }
+    /* without AIO writes are made one by one */
+    if (file->direct_fd >= 0 &&
+        syscall(SYS_io_setup, MIG_MAPPEDLOG_NBUFFERS * w->capacity, &context) == 0) {
+        w->aio = context;
+    }
+    return 0;
+}
+
+void mig_mappedlog_close(struct mig_mappedlog_writer *w)
+{
+    if (w->aio) {
+        /* waits for what is in flight: the buffers must not go before */
+        syscall(SYS_io_destroy, w->aio);
+    }
+    if (w->bytes) {
+        munmap(w->bytes, MIG_MAPPEDLOG_NBUFFERS * w->capacity * w->file->page_size);
+    }
+    free(w->pages);
+    memset(w, 0, sizeof(*w));
+}
+
+/* ---- writes --------------------------------------------------------------------------------- */
+
+/* Which buffer a write is from, and how long it is. */
+static uint64_t tag(size_t buffer, size_t nbytes)
+{
+    return (uint64_t)nbytes * MIG_MAPPEDLOG_NBUFFERS + buffer;
+}
+
+/* Waits for at least one write; notes the first error. */
+static int reap(struct mig_mappedlog_writer *w)
+{
+    struct io_event events[64];
+    long n;
+
+    do {
+        n = syscall(SYS_io_getevents, w->aio, 1L, 64L, events, NULL);
+    } while (n < 0 && errno == EINTR);
+    if (n < 0) {
+        return -errno;
+    }
+    for (long i = 0; i < n; i++) {
+        w->buffers[events[i].data % MIG_MAPPEDLOG_NBUFFERS].pending--;
+        if (events[i].res != (int64_t)(events[i].data / MIG_MAPPEDLOG_NBUFFERS) && w->error == 0) {
+            w->error = events[i].res < 0 ? (int)events[i].res : -ENOSPC;
+        }
+    }
+    return w->error;
+}
+
+static int wait_for(struct mig_mappedlog_writer *w, const struct mig_mappedlog_buffer *b)
+{
+    int rc = w->error;
+
+    while (b->pending && rc == 0) {
+        rc = reap(w);
+    }
+    return rc;
+}
+
+/* How many pages from the i-th on follow each other in the file. */
+static size_t run_at(const struct mig_mappedlog_buffer *b, size_t i)
+{
+    size_t n = 1;
+
+    while (i + n < b->npages && b->page[i + n] == b->page[i] + n) {
+        n++;
+    }
+    return n;
+}
+
+static int submit(struct mig_mappedlog_writer *w, struct iocb **list, size_t n)
+{
+    while (n) {
+        long done = syscall(SYS_io_submit, w->aio, (long)n, list);
+        int rc = 0;
+
+        if (done > 0) {
+            list += done;
+            n -= (size_t)done;
+        } else if (done < 0 && errno == EAGAIN) {
+            /* the kernel has as many as it takes */
+            rc = reap(w);
+        } else if (done == 0 || errno != EINTR) {
+            rc = done == 0 ? -EIO : -errno;
+        }
+        if (rc < 0) {
+            /* those that never went do not come back */
+            w->buffers[w->current].pending -= n;
+            w->error = rc;
+            return rc;
+        }
+    }
+    return 0;
+}
+
+enum { BATCH = 64 };
+
+static int write_behind(struct mig_mappedlog_writer *w, struct mig_mappedlog_buffer *b)
+{
+    size_t page_size = w->file->page_size, i = 0;
+    struct iocb io[BATCH], *list[BATCH];
+
+    while (i < b->npages) {
+        size_t n = 0;
+        int rc;
+
+        for (; n < BATCH && i < b->npages; n++) {
+            size_t npages = run_at(b, i);
+
+            io[n] = (struct iocb){
+                .aio_data = tag(w->current, npages * page_size),
+                .aio_lio_opcode = IOCB_CMD_PWRITE,
+                .aio_fildes = (uint32_t)w->file->direct_fd,
+                .aio_buf = (uint64_t)(uintptr_t)(b->bytes + i * page_size),
+                .aio_nbytes = npages * page_size,
+                .aio_offset = b->block->offset + (int64_t)(b->page[i] * page_size),
+            };
+            list[n] = &io[n];
+            i += npages;
+        }
+        b->pending += n;
+        rc = submit(w, list, n);
+        if (rc < 0) {
+            return rc;
+        }
+    }
+    return 0;
+}
+
+static int write_now(struct mig_mappedlog_writer *w, struct mig_mappedlog_buffer *b)
+{
+    int fd = w->file->direct_fd >= 0 ? w->file->direct_fd : w->file->fd;
+    size_t page_size = w->file->page_size;
+
+    for (size_t i = 0; i < b->npages;) {
+        size_t n = run_at(b, i);
+        int rc = mig_pwrite_all(fd, b->bytes + i * page_size, n * page_size,
+                                b->block->offset + (int64_t)(b->page[i] * page_size));
+
+        if (rc < 0) {
+            return rc;
+        }
+        i += n;
+    }
+    return 0;
+}
+
+/* Writes what the current buffer has, and goes on to the next. */
+static int next_buffer(struct mig_mappedlog_writer *w)
+{
+    struct mig_mappedlog_buffer *b = &w->buffers[w->current];
+    int rc = w->aio ? write_behind(w, b) : write_now(w, b);
+
+    if (w->aio) {
+        w->current = (w->current + 1) % MIG_MAPPEDLOG_NBUFFERS;
+        b = &w->buffers[w->current];
+    }
+    if (rc == 0) {
+        rc = wait_for(w, b);
+    }
+    b->npages = 0;
+    return rc;
+}
+
+int mig_mappedlog_flush(struct mig_mappedlog_writer *w)
+{
+    int rc = w->buffers[w->current].npages ? next_buffer(w) : w->error;
+
+    for (size_t i = 0; i < MIG_MAPPEDLOG_NBUFFERS && rc == 0; i++) {
+        rc = wait_for(w, &w->buffers[i]);
+    }
+    return rc;
+}
+
+/* ---- whole buffers -------------------------------------------------------------------------- */
+
+/* `page` may have been written before, and that may still be under way. */
+static bool is_under_way(const struct mig_mappedlog_writer *w,
+                         const struct mig_mappedlog_block *block, uint64_t page)
+{
+    if (!mig_bitmap_test_atomic(block->written, page)) {
+        return false;
+    }
+    for (size_t i = 0; i < MIG_MAPPEDLOG_NBUFFERS; i++) {
+        const struct mig_mappedlog_buffer *b = &w->buffers[i];
+
+        if (b->block != block || (i != w->current && b->pending == 0)) {
+            continue;
+        }
+        for (size_t j = 0; j < b->npages; j++) {
+            if (b->page[j] == page) {
+                return true;
+            }
+        }
+    }
+    return false;
+}
+
+static void note(const struct mig_mappedlog_block *block, uint64_t page)
+{
+    mig_bitmap_set_atomic(block->written, page, 1);
+    mig_bitmap_set_atomic(block->present, page, 1);
+}
+
+int mig_mappedlog_room(struct mig_mappedlog_writer *w, uint8_t **bytes)
+{
+    int rc = w->buffers[w->current].npages ? next_buffer(w) : w->error;
+
+    *bytes = w->buffers[w->current].bytes;
+    return rc;
+}
+
+int mig_mappedlog_write(struct mig_mappedlog_writer *w, const struct mig_mappedlog_block *block,
+                       const uint64_t *page, size_t n)
+{
+    struct mig_mappedlog_buffer *b = &w->buffers[w->current];
+
+    b->block = block;
+    memcpy(b->page, page, n * sizeof(*page));
+    b->npages = n;
+    for (size_t i = 0; i < n; i++) {
+        note(block, page[i]);
+    }
+    return next_buffer(w);
+}
+
+/* ---- pages that come one by one ------------------------------------------------------------- */
+
+int mig_mappedlog_expect(struct mig_mappedlog_writer *w, const struct mig_mappedlog_block *block)
+{
+    struct mig_mappedlog_buffer *b = &w->buffers[w->current];
+    int rc = w->error;
+
+    if (rc == 0 && b->npages && (b->npages == w->capacity || b->block != block)) {
+        rc = next_buffer(w);
+    }
+    return rc;
+}
+
+uint8_t *mig_mappedlog_slot(const struct mig_mappedlog_writer *w, size_t k)
+{
+    const struct mig_mappedlog_buffer *b = &w->buffers[w->current];
+
+    return b->npages + k < w->capacity ? b->bytes + (b->npages + k) * w->file->page_size : NULL;
+}
+
+bool mig_mappedlog_takes(const struct mig_mappedlog_writer *w,
+                        const struct mig_mappedlog_block *block, uint64_t page)
+{
+    return !is_under_way(w, block, page);
+}
+
+int mig_mappedlog_landed(struct mig_mappedlog_writer *w, const struct mig_mappedlog_block *block,
+                        uint64_t page)
+{
+    struct mig_mappedlog_buffer *b = &w->buffers[w->current];
+
+    b->block = block;
+    b->page[b->npages++] = page;
+    note(block, page);
+    return b->npages == w->capacity ? next_buffer(w) : 0;
+}
+
+/* ---- bursts --------------------------------------------------------------------------------- */
+
+static int put_page(struct mig_mappedlog_writer *w, const struct mig_mappedlog_block *block,
+                    uint64_t page, const uint8_t *bytes)
+{
+    int rc = is_under_way(w, block, page) ? mig_mappedlog_flush(w) : mig_mappedlog_expect(w, block);
+
+    if (rc < 0) {
+        return rc;
+    }
+    memcpy(mig_mappedlog_slot(w, 0), bytes, w->file->page_size);
+    return mig_mappedlog_landed(w, block, page);
+}
+
+/* What the file has of a page, into `bytes`. */
+static int read_back(struct mig_mappedlog_writer *w, const struct mig_mappedlog_block *block,
+                     uint64_t page, uint8_t *bytes)
+{
+    size_t page_size = w->file->page_size, got = 0;
+    int64_t at = block->offset + (int64_t)(page * page_size);
+    int rc = 0;
+
+    if (!mig_bitmap_test_atomic(block->present, page)) {
+        memset(bytes, 0, page_size);
+        return 0;
+    }
+    if (is_under_way(w, block, page)) {
+        rc = mig_mappedlog_flush(w);
+    }
+    while (rc == 0 && got < page_size) {
+        ssize_t n = pread(w->file->fd, bytes + got, page_size - got, (off_t)(at + (int64_t)got));
+
+        if (n > 0) {
+            got += (size_t)n;
+        } else if (n == 0 || errno != EINTR) {
+            rc = n == 0 ? -EIO : -errno;
+        }
+    }
+    return rc;
+}
+
+static int put_record(struct mig_mappedlog_writer *w, const struct mig_ram_parser *p,
+                      const uint8_t *buf, size_t i, size_t *packed, uint8_t *scratch)
+{
+    const struct mig_mappedlog_block *block = &w->file->blocks[p->current];
+    size_t page_size = w->file->page_size;
+    uint64_t page = p->page[i];
+    int64_t rc;
+
+    switch (p->kind[i]) {
+    case MIG_RAM_PAGE:
+        return put_page(w, block, page, buf + p->src[i]);
+    case MIG_RAM_COMPRESS:
+        return put_page(w, block, page, p->unpacked + (*packed)++ * page_size);
+    case MIG_RAM_XBZRLE:
+        rc = read_back(w, block, page, scratch);
+        if (rc == 0) {
+            rc = w->file->kernels->xbzrle_decode(buf + p->src[i], p->length[i], scratch, page_size);
+        }
+        return rc < 0 ? (int)rc : put_page(w, block, page, scratch);
+    }
+    if (p->src[i] < -1) {
+        return MIG_E_RAM_BAD_FILL; /* a page without contents reads as zeros */
+    }
+    mig_bitmap_clear_atomic(block->present, page, 1);
+    return 0;
+}
+
+int mig_mappedlog_put(struct mig_mappedlog_writer *w, struct mig_ram_parser *p, const uint8_t *buf)
+{
+    const struct mig_mappedlog_block *block = &w->file->blocks[p->current];
+    size_t page_size = w->file->page_size, packed = 0;
+    uint8_t *scratch = NULL;
+    int rc = 0;
+
+    for (size_t i = 0; i < p->npages; i++) {
+        if (p->kind[i] != MIG_RAM_XBZRLE) {
+            continue;
+        }
+        if (!scratch) {
+            scratch = malloc(page_size);
+            if (!scratch) {
+                return MIG_E_NOMEM;
+            }
+        }
+        if (mig_bitmap_test_atomic(block->present, p->page[i])) {
+            int64_t at = block->offset + (int64_t)(p->page[i] * page_size);
+
+            (void)posix_fadvise(w->file->fd, (off_t)at, (off_t)page_size, POSIX_FADV_WILLNEED);
+        }
+    }
+    for (size_t i = 0; i < p->npages && rc == 0; i++) {
+        rc = put_record(w, p, buf, i, &packed, scratch);
+        p->wrong = i;
+    }
+    free(scratch);
+    return rc;
+}

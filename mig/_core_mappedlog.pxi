@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+cdef extern from "mappedlog.h" nogil:
+    struct mig_mappedlog_block:
+        int64_t offset
+        uint64_t *present
+        uint64_t *written
+
+    struct mig_mappedlog:
+        int fd, direct_fd
+        size_t page_size
+        const mig_mappedlog_block *blocks
+        const mig_kernels *kernels
+
+    struct mig_mappedlog_writer:
+        pass
+
+    int mig_mappedlog_open(mig_mappedlog_writer *w, const mig_mappedlog *file)
+    void mig_mappedlog_close(mig_mappedlog_writer *w)
+    int mig_mappedlog_put(mig_mappedlog_writer *w, mig_ram_parser *p, const uint8_t *buf)
+    int mig_mappedlog_flush(mig_mappedlog_writer *w)
+    int mig_mappedlog_expect(mig_mappedlog_writer *w, const mig_mappedlog_block *block)
+
+
+@cython.final
+@cython.no_gc  # so that the bitmaps are there in __dealloc__
+cdef class MappedLog:
+    """The pages of a mapped-ram file while it is written, each in its place (csrc/mappedlog.c).
+
+    fd:        the file, of its full length already; stays the caller's
+    parser:    has the blocks
+    offsets:   where the first page of each block is, in bytes
+    direct_fd: the same file opened with O_DIRECT, -1 to write through the page cache
+    """
+    cdef mig_mappedlog c
+    cdef mig_mappedlog_writer writer
+    cdef mig_mappedlog_block *blocks
+    cdef RamParser parser
+    cdef pthread_mutex_t lock  # held while the writer is used: two connections may bring pages
+    #: by block, the pages that have contents; all others are zero
+    cdef readonly tuple present
+    cdef tuple written
+
+    def __cinit__(self, int fd, RamParser parser not None, offsets, *, int direct_fd=-1):
+        cdef size_t i
+        pthread_mutex_init(&self.lock, NULL)
+        if len(offsets) != parser.c.nblocks:
+            raise ValueError(f"{len(offsets)} offsets for {parser.c.nblocks} blocks")
+        self.parser = parser
+        npages = [parser.table[i].npages for i in range(parser.c.nblocks)]
+        self.present = tuple(Bitmap(n) for n in npages)
+        self.written = tuple(Bitmap(n) for n in npages)
+        self.blocks = <mig_mappedlog_block *>calloc(parser.c.nblocks or 1,
+                                                    sizeof(mig_mappedlog_block))
+        if self.blocks == NULL:
+            raise MemoryError
+        for i in range(parser.c.nblocks):
+            self.blocks[i].offset = offsets[i]
+            self.blocks[i].present = (<Bitmap>self.present[i]).words
+            self.blocks[i].written = (<Bitmap>self.written[i]).words
+        self.c.fd = fd
+        self.c.direct_fd = direct_fd
+        self.c.page_size = parser.c.page_size
+        self.c.blocks = self.blocks
+        self.c.kernels = (<Kernels>KERNELS).k
+        check(mig_mappedlog_open(&self.writer, &self.c))
+
+    def __dealloc__(self):
+        mig_mappedlog_close(&self.writer)
+        pthread_mutex_destroy(&self.lock)
+        free(self.blocks)
+
+    def put(self, data, size_t start, RamParser parser=None):
+        """Writes the last burst of the parser; data and start are those it parsed.
+
+        parser: another one of the same blocks, whose pages come on a connection of their own
+        """
+        cdef RamParser source = self.parser if parser is None else parser
+        cdef mig_ram_parser *p = &source.c
+        cdef Py_buffer view
+        cdef int rc
+        if (p.nblocks != self.parser.c.nblocks or p.page_size != self.c.page_size
+                or (p.npages and p.blocks[p.current].npages
+                    > self.parser.c.blocks[p.current].npages)):
+            raise ValueError("a parser of other blocks")
+        if p.npages == 0:
+            return
+        PyObject_GetBuffer(data, &view, PyBUF_CONTIG_RO)
+        try:
+            source.check_last(&view, start)
+            source.open_inflating()
+            with nogil:
+                rc = mig_decompress(source.inflating, p, <const uint8_t *>view.buf + start)
+                if rc == 0:
+                    pthread_mutex_lock(&self.lock)
+                    rc = mig_mappedlog_put(&self.writer, p, <const uint8_t *>view.buf + start)
+                    pthread_mutex_unlock(&self.lock)
+            source.check_record(rc)
+        finally:
+            PyBuffer_Release(&view)
+
+    def flush(self):
+        """All that was put stands in the file when this returns; channels flush for themselves."""
+        cdef int rc
+        with nogil:
+            pthread_mutex_lock(&self.lock)
+            rc = mig_mappedlog_flush(&self.writer)
+            pthread_mutex_unlock(&self.lock)
+        check(rc)
