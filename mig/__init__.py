@@ -37,11 +37,14 @@ from mig import errors, xbzrle
 from mig.conversion import convert
 from mig.dirty import DirtyLog, SharedDirtyLog, WriteTracker
 from mig.engine import (
+    AfterPasses,
     Blockers,
     IncomingMigration,
     Moment,
     OutgoingMigration,
     Patient,
+    Retry,
+    WhenStuck,
     restore,
 )
 from mig.errors import MigError
@@ -67,6 +70,7 @@ except _PackageNotFoundError:
     __version__ = "0+unknown"
 
 __all__ = [
+    "AfterPasses",
     "Bitmap",
     "Blockers",
     "Capability",
@@ -86,12 +90,14 @@ __all__ = [
     "Patient",
     "ProcessGuest",
     "RamBlock",
+    "Retry",
     "SharedDirtyLog",
     "SourceGuest",
     "Status",
     "StreamCapture",
     "StreamImage",
     "UnpluggingGuest",
+    "WhenStuck",
     "WriteTracker",
     "XbzrleCache",
     "__version__",

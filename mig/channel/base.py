@@ -160,6 +160,10 @@ class Channel:
         if self._cancelled:
             raise CancelledError("cancelled")
 
+    def fileno(self) -> int:
+        """Return the descriptor, to wait for it; it stays the channel's."""
+        return self._fd
+
     def cancel(self) -> None:
         """End every present and future wait. Any thread, any number of times."""
         self._cancelled = True

@@ -28,7 +28,6 @@ from mig.engine import OutgoingMigration
 from mig.engine.migration import Migration
 from mig.errors import MigError, OptionError, StateError
 from mig.options import Capability
-from mig.state import Status
 from mig.stats import MigrationInfo
 
 P = ParamSpec("P")
@@ -154,7 +153,7 @@ def follow(migration: Migration) -> MigrationInfo:
 
 def _look_at_breaks(migration: Migration) -> None:
     """A command does not wait for another URI: who resumes it gives one."""
-    if isinstance(migration, OutgoingMigration) and migration.status == Status.POSTCOPY_PAUSED:
+    if isinstance(migration, OutgoingMigration) and migration.waits_for_owner:
         with contextlib.suppress(StateError):
             migration.abandon()
 

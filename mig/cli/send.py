@@ -17,7 +17,7 @@ from mig.cli.common import (
     reports_errors,
     summary,
 )
-from mig.engine import OutgoingMigration
+from mig.engine import OutgoingMigration, Retry
 from mig.image import open_image
 from mig.options import Capability
 
@@ -44,6 +44,13 @@ from mig.options import Capability
     help="With --postcopy: go on where another `mig send --postcopy` of FILE has left the "
     "destination paused; URI is where that waits now (QMP command migrate-recover).",
 )
+@click.option(
+    "--retry",
+    type=click.FloatRange(min=0),
+    metavar="SECONDS",
+    help="With --postcopy: when the connection breaks, try for so long to go on at URI before the "
+    "command ends; it can be where another migrate-recover has the destination wait.",
+)
 @json_option
 @reports_errors
 def send(
@@ -54,6 +61,7 @@ def send(
     postcopy: bool,
     background: str | None,
     resume: bool,
+    retry: float | None,
     as_json: bool,
 ) -> None:
     """Be the source of a migration; send the VM in FILE.
@@ -76,8 +84,8 @@ def send(
     """
     wanted = parse_capabilities(capabilities)
     values = {"max-bandwidth": "0", **parse_parameters(parameters)}
-    if not postcopy and (resume or background is not None):
-        raise click.UsageError("--background and --resume belong to --postcopy")
+    if not postcopy and (resume or background is not None or retry is not None):
+        raise click.UsageError("--background, --resume and --retry belong to --postcopy")
     if postcopy:
         wanted[Capability.POSTCOPY_RAM] = True
     if background not in (None, "off"):
@@ -91,7 +99,12 @@ def send(
     with open_image(file) as image:
         if image.ignores_shared:
             wanted.setdefault(Capability.X_IGNORE_SHARED, True)
-        migration = OutgoingMigration(image, capabilities=wanted, parameters=values)
+        migration = OutgoingMigration(
+            image,
+            capabilities=wanted,
+            parameters=values,
+            recovery=None if retry is None else Retry(within=retry),
+        )
         migration.background = background != "off"
         if postcopy and not resume:
             migration.start_postcopy()

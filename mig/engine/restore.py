@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 from mig.engine.outgoing import OutgoingMigration
+from mig.engine.recovery import RecoveryPolicy
 from mig.events import Event
 from mig.guest import SourceGuest
 from mig.options import Capability
@@ -16,6 +17,8 @@ def restore(
     *,
     resume: bool = False,
     background: bool = True,
+    capabilities: Iterable[str] = (),
+    recovery: RecoveryPolicy | None = None,
     parameters: Mapping[str, object] | None = None,
     on_event: Callable[[Event], None] | None = None,
 ) -> OutgoingMigration:
@@ -27,6 +30,8 @@ def restore(
     resume:     the destination is paused in postcopy, since who served it before is gone
     background: send also the pages that nobody waits for; without, the migration does not end
                 until `background` of the result is set
+    capabilities: besides postcopy-ram, such as postcopy-preempt
+    recovery:   what to do when the connection breaks (Retry); by the caller when None
     parameters: values by QMP name; max-postcopy-bandwidth bounds the background alone
 
     Returns a migration that has been started. Its status becomes postcopy-active when the guest
@@ -34,8 +39,9 @@ def restore(
     """
     migration = OutgoingMigration(
         image,
-        capabilities={Capability.POSTCOPY_RAM},
+        capabilities={Capability.POSTCOPY_RAM, *capabilities},
         parameters=parameters,
+        recovery=recovery,
         on_event=on_event,
     )
     migration.background = background

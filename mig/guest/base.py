@@ -127,6 +127,18 @@ class BlockingGuest(Protocol):
         """What stands against its migration, in words. Any thread."""
 
 
+@runtime_checkable
+class ReleasingGuest(Protocol):
+    """What a SourceGuest may have besides: memory that capability release-ram gives back."""
+
+    def release_pages(self, idstr: str, first: int, npages: int) -> None:
+        """Let the host have these pages of a block: nobody will read them here any more.
+
+        Whole host pages. Called in postcopy by each thread that sends, one call at a time for a
+        page. OSError, ValueError: not possible with this block.
+        """
+
+
 class DestinationGuest(LoadTarget, Protocol):
     """A guest that can be received. All methods are called by the migration's own thread.
 

@@ -14,6 +14,7 @@ from mig.memory import GuestMemory
 from mig.pages import HOST_PAGE_SIZE
 from mig.postcopy.commands import Advise
 from mig.postcopy.faults import MemoryFaults
+from mig.postcopy.release import MemoryRelease
 from mig.postcopy.times import PostcopyTimes
 from mig.ram.search import SourceBlock
 from mig.records import BlockInfo, Configuration, SectionHeader
@@ -53,6 +54,7 @@ class MemoryGuest:
         on_throttle: Callable[[int], None] = lambda _: None,
     ) -> None:
         self.memory = memory
+        self._release = MemoryRelease(memory)
         self.devices = devices or DeviceRegistry()
         bits = memory.page_size.bit_length() - 1
         self.configuration: Configuration | None = Configuration(
@@ -137,6 +139,10 @@ class MemoryGuest:
     def save_devices(self) -> bytes:
         """Return the registered devices' sections, EOF and description."""
         return self.devices.save(self.memory.page_size, _RAM_SECTION + 1)
+
+    def release_pages(self, idstr: str, first: int, npages: int) -> None:
+        """Give pages back that the destination has."""
+        self._release.release(idstr, first, npages)
 
     # ---- destination ------------------------------------------------------------------------
 

@@ -172,7 +172,8 @@ class PageSearch:
     def take(self, block: SourceBlock, first: int, npages: int) -> PageBatch | None:
         """Take what is dirty of these pages, host pages as a whole; None when nothing is.
 
-        The walk goes on behind them: what is near will be wanted, too.
+        The walk goes on behind them, what is near will be wanted, too; but not while it is inside
+        a host page.
         """
         per_host_page = max(1, block.host_page_size // block.pages.page_size)
         first -= first % per_host_page
@@ -184,7 +185,8 @@ class PageSearch:
         self.remaining -= n * block.pages.page_size
         if self._uncleared:
             self._clear_log(block, index)
-        self._block, self._page = self.blocks.index(block), end
+        if not self.inside_host_page:
+            self._block, self._page = self.blocks.index(block), end
         return PageBatch(block, index)
 
     def replace_dirty(self, idstr: str, dirty: _core.Bitmap) -> None:
