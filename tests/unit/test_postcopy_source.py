@@ -207,7 +207,7 @@ def test_host_pages_are_whole_whenever_it_goes_over(postcopies, seed):
     mine.guest._dirty = log
     far = postcopies.far()
     far.host_pages = {RAM: per_host_page * PAGE}
-    source = postcopies.source(mine.guest, at_once=False, parameters={"max-bandwidth": 4 << 20})
+    source = postcopies.source(mine.guest, at_once=False, parameters={"max-bandwidth": 1 << 20})
     source.start(far.uri)
     # time enough to go over before all is sent
     moment = rng.randrange(NPAGES - 250)
