@@ -103,7 +103,7 @@ def ours() -> list[str]:
 def closed_lab(folder: Path, capabilities=()) -> Iterator[Lab]:
     """Nothing is left behind: no thread, no descriptor."""
     # a test before this one may not have waited for its own
-    until(lambda: not ours(), "the end of others")
+    until(lambda: not ours(), f"the end of {ours()}")
     before = open_files()
     lab = Lab(folder, capabilities)
     try:

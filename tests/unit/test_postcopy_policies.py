@@ -354,7 +354,7 @@ def test_what_went_in_precopy_is_given_back_when_the_guest_has_gone(postcopies, 
         at_once=False,
         background=False,
         capabilities=RELEASE,
-        parameters={"max-bandwidth": 4 << 20},
+        parameters={"max-bandwidth": 1 << 20},
     )
     source.start(far.uri)
     until(lambda: far.has("private", 100))

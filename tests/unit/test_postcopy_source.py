@@ -207,9 +207,10 @@ def test_host_pages_are_whole_whenever_it_goes_over(postcopies, seed):
     mine.guest._dirty = log
     far = postcopies.far()
     far.host_pages = {RAM: per_host_page * PAGE}
-    source = postcopies.source(mine.guest, at_once=False, parameters={"max-bandwidth": 8 << 20})
+    source = postcopies.source(mine.guest, at_once=False, parameters={"max-bandwidth": 1 << 20})
     source.start(far.uri)
-    moment = rng.randrange(NPAGES - 70)
+    # time enough to go over before all is sent
+    moment = rng.randrange(NPAGES - 250)
     until(lambda: far.has(RAM, moment))
     for _ in range(20):
         log.mark(RAM, rng.randrange(NPAGES))
