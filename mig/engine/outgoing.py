@@ -235,7 +235,9 @@ class OutgoingMigration(PostcopySource):
                 block.dirty.set(0, block.pages.npages)
         search = PageSearch(blocks, self._log, ignore_shared=self._ignores_shared)
         self._search = search
-        self._requests = PageRequests(search, self._wake)
+        if self.faults is not None and self.faults.order is not None:
+            search.follow(self.faults.order)
+        self._requests = PageRequests(search, self._wake, self.faults)
         encoding = self._encoding = Encoding(
             search,
             self._counters,

@@ -25,6 +25,7 @@ from mig.errors import (
 from mig.events import Event
 from mig.guest import SourceGuest
 from mig.options import Capability, Options
+from mig.postcopy.faultorder import FaultLog
 from mig.ram.save import RamSaver
 from mig.ram.search import PageSearch
 from mig.state import FINAL, Input, Status
@@ -49,6 +50,8 @@ class PostcopySource(Migration):
         self._resumes = False
         self._wants_postcopy = False
         self._background = True
+        #: in which order pages are known to be wanted, and where it is noted; set before start()
+        self.faults: FaultLog | None = None
         self._requests: PageRequests | None = None
         # bytes sent before the guest may have run at the destination; None: it has not
         self._handed_over: int | None = None

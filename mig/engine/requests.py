@@ -7,6 +7,7 @@ from collections import deque
 
 from mig.engine.wake import Wake
 from mig.errors import StreamError
+from mig.postcopy.faultorder import FaultLog
 from mig.ram.search import PageSearch, SourceBlock
 
 #: requests that may wait; a destination asks for each page once, so there can be one a page, but a
@@ -18,14 +19,17 @@ class PageRequests:
     """A queue that the thread of the return path fills, and the one that sends empties.
 
     wake: set when there is something in the queue
+    log:  told of all requests
     """
 
-    def __init__(self, search: PageSearch, wake: Wake) -> None:
+    def __init__(self, search: PageSearch, wake: Wake, log: FaultLog | None = None) -> None:
         self._search = search
         self._wake = wake
         self._lock = threading.Lock()
         self._queue: deque[tuple[SourceBlock, int, int]] = deque()
         self._last: SourceBlock | None = None
+        self._log = log
+        self._numbers = {id(block): number for number, block in enumerate(search.listed)}
         #: pages asked for so far
         self.total = 0
 
@@ -53,6 +57,10 @@ class PageRequests:
             self._queue.append((block, start // page_size, length // page_size))
             self.total += length // page_size
         self._wake.set()
+        if self._log is not None:
+            npages = length // page_size
+            place = self._search.place
+            self._log.note(self._numbers[id(block)], start // page_size, npages, place)
 
     def bitmap_nbytes(self, idstr: str) -> int:
         """Bytes of the bitmap of a block on the return path; StreamError: no such block."""
