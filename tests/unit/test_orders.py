@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import random
 import struct
+import subprocess
+import sys
 import threading
 import zlib
 
@@ -537,3 +540,76 @@ def test_an_image_that_is_being_sent_is_not_closed(postcopies, image):
     for far in fars:
         assert far.same_as(box().memory)
     image.close()
+
+
+# ---- the command -----------------------------------------------------------------------------
+
+
+def command(*arguments: object) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-P", "-m", "mig", "send", *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_one_command_restores_many(postcopies, image, tmp_path):
+    """One of them dies; the others do not mind, and what all asked for is recorded."""
+    fars = [postcopies.far() for _ in range(3)]
+    options = ("--postcopy", "--background", "64k", "--record-order", "--json")
+    process = command(image.path, *(far.uri for far in fars), *options)
+    for n, far in enumerate(fars):
+        until(lambda far=far: far.running)
+        far.request(RAM, (300 + 10 * n) * PAGE)
+        until(lambda far=far, n=n: far.has(RAM, 300 + 10 * n))
+    fars[1].cut()
+    for far in (fars[0], fars[2]):
+        far.request(RAM, 0, 512 * PAGE)
+        far.request(VGA, 0, 16 * PAGE)
+    out, err = process.communicate(timeout=FOREVER)
+    assert process.returncode == 1
+    (line,) = err.splitlines()
+    assert line.startswith(f"mig: {fars[1].uri}: postcopy was given up")
+    said = json.loads(out.splitlines()[-1])
+    assert said["status"] == "failed"
+    assert [m["status"] for m in said["migrations"]] == ["completed", "failed", "completed"]
+    assert [m["uri"] for m in said["migrations"]] == [far.uri for far in fars]
+    assert "given up" in said["migrations"][1]["error"]
+    for far in (fars[0], fars[2]):
+        assert far.same_as(box().memory)
+    found = pages_of(FaultOrder.decode(OrderFile(image).path.read_bytes()))
+    # by their turns: each was the first that its guest asked for
+    assert set(found[:3]) == {(0, 300), (0, 310), (0, 320)}
+
+
+def test_several_guests_get_the_same_file_also_at_once(image, made, tmp_path):
+    ends = []
+    for number in range(2):
+        other = Box()
+        incoming = made.incoming(other.guest)
+        incoming.listen(f"unix:{tmp_path / f'in{number}'}")
+        ends.append((other, incoming))
+    process = command(image.path, *(incoming.uri for _, incoming in ends))
+    out, err = process.communicate(timeout=FOREVER)
+    assert process.returncode == 0, err
+    assert [line.partition(": ")[0] for line in out.splitlines()] == [i.uri for _, i in ends]
+    for other, incoming in ends:
+        assert incoming.wait(FOREVER)
+        assert other.same_as(box())
+
+
+@pytest.mark.parametrize(
+    ("options", "words", "status"),
+    [
+        (("--order", "off"), "belong to --postcopy", 2),
+        (("--record-order",), "belong to --postcopy", 2),
+        (("--postcopy", "--order", "/none/order"), "/none/order: No such file", 1),
+        (("unix:/none/other", "nonsense:"), "nonsense", 2),
+    ],
+)
+def test_options_that_cannot_be(image, options, words, status):
+    process = command(image.path, "unix:/none/none", *options)
+    _, err = process.communicate(timeout=FOREVER)
+    assert process.returncode == status
+    assert words in err
