@@ -202,6 +202,12 @@ class PageSearch:
             self._clear_log(block, index)
         return PageBatch(block, index)
 
+    def next_in_order(self, max_pages: int = MAX_BATCH) -> PageBatch | None:
+        """As next_batch(), but None also when what comes next is only the rest."""
+        if self.inside_host_page or not (self.remaining and self._order.pending):
+            return None
+        return self._next_in_order(self._index[: min(max(max_pages, 1), MAX_BATCH)])
+
     def _next_in_order(self, room: PageIndex) -> PageBatch | None:
         """Take pages that are worth sending before the rest; None: the walk goes on.
 
