@@ -48,7 +48,7 @@ from mig.engine import (
 )
 from mig.errors import MigError
 from mig.guest import DestinationGuest, MemoryGuest, ProcessGuest, SourceGuest, UnpluggingGuest
-from mig.image import StreamCapture, StreamImage, open_image
+from mig.image import OrderFile, StreamCapture, StreamImage, open_image
 from mig.memory import GuestMemory, RamBlock
 from mig.options import Capability, Parameters
 from mig.savevm.registry import DeviceRegistry
@@ -73,6 +73,7 @@ __all__ = [
     "MemoryGuest",
     "MigError",
     "Moment",
+    "OrderFile",
     "OutgoingMigration",
     "Parameters",
     "Patient",

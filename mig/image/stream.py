@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,7 +94,8 @@ class StreamImage:
     page_size: target page size in bytes where the stream does not name it
 
     Opening reads the stream once: a StreamError tells what is wrong with it. Pages stay in the
-    file, which is mapped.
+    file, which is mapped. Any number of migrations may send it at the same time: they share the
+    mapping, and each has a dirty bitmap of its own.
     """
 
     def __init__(
@@ -106,7 +108,9 @@ class StreamImage:
         self.path = Path(path)
         self._map = _map_file(self.path, offset)
         self._view = memoryview(self._map)
-        self._handed_out: list[_core.Pages] = []
+        # made when it is first sent: the pages of each block, and which of them the stream has
+        self._stored: list[tuple[_core.Pages, _core.Bitmap]] = []
+        self._lock = threading.Lock()
         try:
             index, counters = self._read(offset, page_size)
         except BaseException:
@@ -200,27 +204,35 @@ class StreamImage:
     # ---- sending ----------------------------------------------------------------------------
 
     def source_blocks(self) -> Sequence[SourceBlock]:
-        """Return the blocks; every page that the stream has is to be sent."""
-        out = []
-        for block, places in zip(self._index.blocks, self._index.places, strict=True):
-            pages = _core.Pages(self._view, self.page_size, where=places)
-            self._handed_out.append(pages)
-            dirty = _core.Bitmap(len(places))
-            bits = np.packbits(places != _core.PAGE_NONE, bitorder="little")
-            np.asarray(dirty).view(np.uint8)[: len(bits)] = bits
-            out.append(
-                SourceBlock(
-                    block.idstr,
-                    block.used_length,
-                    pages,
-                    detect_zero=False,
-                    dirty=dirty,
-                    # left out once, left out again
-                    shared=block.address is not None and not bits.any(),
-                    address=block.address,
-                )
+        """Return the blocks; every page that the stream has is to be sent. Any thread.
+
+        ValueError after close().
+        """
+        with self._lock:
+            if self._map.closed:
+                raise ValueError(f"{self.path} is closed")
+            if not self._stored:
+                self._stored = [self._store(places) for places in self._index.places]
+            stored = self._stored
+        return [
+            SourceBlock(
+                block.idstr,
+                block.used_length,
+                pages,
+                detect_zero=False,
+                dirty=there.copy(),
+                # left out once, left out again
+                shared=block.address is not None and not there.count(),
+                address=block.address,
             )
-        return out
+            for block, (pages, there) in zip(self._index.blocks, stored, strict=True)
+        ]
+
+    def _store(self, places: PagePlaces) -> tuple[_core.Pages, _core.Bitmap]:
+        there = _core.Bitmap(len(places))
+        bits = np.packbits(places != _core.PAGE_NONE, bitorder="little")
+        np.asarray(there).view(np.uint8)[: len(bits)] = bits
+        return _core.Pages(self._view, self.page_size, where=places), there
 
     def dirty_log(self) -> DirtyLog | None:
         """Return None: a file does not change."""
@@ -247,11 +259,14 @@ class StreamImage:
     # ---- ends -------------------------------------------------------------------------------
 
     def close(self) -> None:
-        """Unmap the file; BufferError while a migration still sends from it."""
-        for pages in self._handed_out:
-            pages.release()
-        self._view.release()
-        self._map.close()
+        """Unmap the file; BufferError, and nothing done, while a migration still sends from it."""
+        with self._lock:
+            # a migration takes the first block first and lets go of it last
+            for pages, _ in self._stored:
+                pages.release()
+            self._stored = []
+            self._view.release()
+            self._map.close()
 
     def __enter__(self) -> Self:
         return self

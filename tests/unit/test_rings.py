@@ -10,7 +10,7 @@ import pytest
 import mig
 
 ROOT = Path(mig.__file__).parent
-PURE = ["wire", "records", "pages", "state", "events", "stats", "errors"]
+PURE = ["postcopy/faultorder", "wire", "records", "pages", "state", "events", "stats", "errors"]
 PURE_PACKAGES = ["options", "ram", "savevm", "stream"]
 BANNED = {"socket", "os", "select", "threading", "time", "asyncio"}
 
