@@ -264,6 +264,8 @@ class OutgoingMigration(PostcopySource):
                 block.dirty.set(0, block.pages.npages)
         search = PageSearch(blocks, self._log, ignore_shared=self._ignores_shared)
         self._search = search
+        if self.faults is not None and self.faults.order is not None:
+            search.follow(self.faults.order)
         self._requests = self._page_requests(search)
         encoding = self._encoding = Encoding(
             search,

@@ -32,6 +32,9 @@ class Walk(Protocol):
     def next_batch(self, max_pages: int) -> PageBatch | None:
         """Take the next pages."""
 
+    def next_in_order(self, max_pages: int) -> PageBatch | None:
+        """Take the next pages that are worth sending before the rest."""
+
     def take(self, block: SourceBlock, first: int, npages: int) -> PageBatch | None:
         """Take these pages, if nobody has."""
 
@@ -75,6 +78,7 @@ class PostcopySender:
 
     def run(self) -> None:
         """Return when nothing is left to be taken."""
+        self._requests.courtesy.begin()
         while self._search.remaining:
             self._serve()
             if not self._background() and not self._search.inside_host_page:
@@ -84,7 +88,13 @@ class PostcopySender:
                 continue
             room = self._limit.room()
             most = self._most if room is None else min(self._most, room // self._page_size)
-            batch = self._search.next_batch(most)
+            batch = self._search.next_in_order(most)
+            if batch is None:
+                if not self._search.inside_host_page and (left := self._requests.courtesy.left()):
+                    self._sleep(left)
+                    continue
+                batch = self._search.next_batch(most)
+                self._requests.courtesy.sent()
             if batch is not None:
                 self._limit.spend(self._send(batch))
 

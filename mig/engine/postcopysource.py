@@ -30,6 +30,7 @@ from mig.events import Event
 from mig.guest import ReleasingGuest, SourceGuest
 from mig.options import Capability, Options
 from mig.postcopy.dialect import PreemptDialect, preempt_dialect
+from mig.postcopy.faultorder import FaultLog
 from mig.postcopy.release import Releaser
 from mig.postcopy.source import discards, package
 from mig.ram.save import RamSaver
@@ -62,6 +63,8 @@ class PostcopySource(SourceLink):
         self._resumes = False
         self._wants_postcopy = False
         self._background = True
+        #: in which order pages are known to be wanted, and where it is noted; set before start()
+        self.faults: FaultLog | None = None
         self._search: PageSearch | None = None
         self._encoding: Encoding | None = None
         # set when somebody waits for a page that goes over a connection of its own
@@ -228,7 +231,7 @@ class PostcopySource(SourceLink):
 
     def _page_requests(self, search: PageSearch) -> PageRequests:
         self._bell = None if self._preempt is None else Wake()
-        return PageRequests(search, self._bell or self._wake)
+        return PageRequests(search, self._bell or self._wake, self.faults)
 
     def _link_urgent_early(self) -> None:
         if self._preempt is not None and self._preempt.early:

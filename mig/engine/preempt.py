@@ -54,6 +54,12 @@ class SharedSearch:
         with self._lock:
             return self._walked(self._search.next_batch(max_pages))
 
+    def next_in_order(self, max_pages: int) -> PageBatch | None:
+        """Take what is worth sending first; see PageSearch.next_in_order(). The same thread."""
+        with self._lock:
+            batch = self._search.next_in_order(max_pages)
+            return batch if batch is None else self._walked(batch)
+
     def _walked(self, batch: PageBatch | None) -> PageBatch | None:
         """Note where the walk is now."""
         self._begun = None
