@@ -301,7 +301,9 @@ class Faults:
     def _let_end(self) -> None:
         """Let the rest of the memory go: a QEMU is still needed, a destination of mig's reports."""
         if self._peer is not None:
-            self._peer.order()
+            # one without a limit may have ended
+            if self._settings.parameters["max-postcopy-bandwidth"]:
+                self._peer.order()
         else:
             self._running.set_parameters({"max-postcopy-bandwidth": 0})
             self._running.wait_migration(300)

@@ -15,8 +15,8 @@ from mig.ram.search import PageSearch, SourceBlock
 #: requests that may wait; a destination asks for each page once, so there can be one a page, but a
 #: guest has no more vCPUs and devices that stand still than this
 _MOST_WAITING = 1 << 16
-#: seconds in which a guest that begins to run misses hundreds of pages one after the other, each 0.1
-#: to 0.2 ms after it has got the last one where nothing else is in its way
+#: seconds in which a guest that begins to run misses hundreds of pages one after the other, each
+#: 0.1 to 0.2 ms after it has got the last one where nothing else is in its way
 _START = 1.0
 #: seconds after a request in which the next one is likely, while it begins and later
 _QUIET = (0.02, 0.002)

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import zlib
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,6 +23,8 @@ from unit.postcopies import RAM, VGA, box, is_paused
 
 import mig
 from mig import OrderFile, OutgoingMigration, _core
+from mig.engine.postcopy import PostcopySender
+from mig.engine.requests import Courtesy, PageRequests
 from mig.errors import (
     ChannelError,
     MismatchError,
@@ -425,6 +428,7 @@ def test_it_is_written_at_a_break_and_gets_better(postcopies, image, tmp_path):
     assert not path.exists()
     far.cut()
     is_paused(source)
+    until(path.exists)
     assert pages_of(FaultOrder.decode(path.read_bytes())) == [(0, 99)]
     source.recover(far.uri)
     until(lambda: source.status == mig.Status.POSTCOPY_ACTIVE)
@@ -486,6 +490,71 @@ def test_an_order_that_cannot_be_written_is_a_warning(image, tmp_path):
     orders = OrderFile(image, tmp_path / "none" / "order", record=True, warn=said.append)
     orders.save()
     assert "is not written: No such file" in said[0]
+
+
+# ---- courtesy --------------------------------------------------------------------------------
+
+
+class Time:
+    now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_the_background_waits_while_the_guest_asks():
+    """Long when the guest begins, a little later, and never for ever."""
+    clock = Time()
+    courtesy = Courtesy(clock)
+    assert courtesy.left() == 0
+    courtesy.begin()
+    assert courtesy.left() == pytest.approx(0.02)
+    clock.now += 0.015
+    courtesy.requested()
+    assert courtesy.left() == pytest.approx(0.02)
+    for _ in range(10):
+        clock.now += 0.01
+        courtesy.requested()
+    # 0.115 s without a page of the background
+    assert courtesy.left() == 0
+    courtesy.sent()
+    assert courtesy.left() == pytest.approx(0.02)
+    clock.now += 1
+    courtesy.requested()
+    courtesy.sent()
+    assert courtesy.left() == pytest.approx(0.002)
+    clock.now += 0.003
+    assert courtesy.left() == 0
+
+
+def test_what_is_near_does_not_wait():
+    """Only the rest does: the sender sleeps before it, and is woken by requests."""
+    search = search_of(2000)
+    requests = PageRequests(search, SimpleNamespace(set=lambda: None))
+    clock = Time()
+    requests.courtesy = Courtesy(clock)
+    sent: list[int] = []
+    slept: list[float] = []
+
+    class Saver:
+        nbytes = 0
+
+        def part(self, batch) -> None:
+            sent.extend(batch.index.tolist())
+
+    def sleep(seconds):
+        slept.append(len(sent))
+        if len(slept) == 1:
+            requests.add("b0", 1000 * PAGE, PAGE)
+        else:
+            clock.now += seconds + 1e-6
+
+    PostcopySender(
+        search, requests, Saver(), bandwidth=lambda: 0, background=lambda: True, sleep=sleep
+    ).run()
+    assert sorted(sent) == list(range(2000))
+    assert slept[:2] == [0, 25]
+    assert sent[:25] == [1000, *range(992, 1000), *range(1001, 1017)]
 
 
 # ---- many at once ----------------------------------------------------------------------------
