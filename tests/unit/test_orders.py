@@ -522,8 +522,8 @@ def test_the_background_waits_while_the_guest_asks():
     clock.now += 1
     courtesy.requested()
     courtesy.sent()
-    assert courtesy.left() == pytest.approx(0.002)
-    clock.now += 0.003
+    assert courtesy.left() == pytest.approx(0.0005)
+    clock.now += 0.001
     assert courtesy.left() == 0
 
 
