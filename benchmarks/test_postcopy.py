@@ -124,10 +124,11 @@ class Rounds:
         settings = POSTCOPY if by_mig else MAPPED if mapped else Settings()
         self._waiting = Waiting(self._binary, self._spec, self._folder, settings, self._count)
         self._stack.callback(self._waiting.close)
-        read_into_cache(chosen, other)
         with contextlib.closing(Peer("warm", self._count * self._spec.memory_mib)) as warm:
             warm.order()
             warm.answer()
+        # last: so much memory may have cost the page cache the file
+        read_into_cache(chosen, other)
         if by_mig:
             self._waiting.listen()
         if name in ("mig", _ORDERED):
