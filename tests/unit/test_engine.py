@@ -282,7 +282,9 @@ def test_passes_go_on_while_pages_get_dirty(made, rounds):
     source.guest.dirty_log = lambda: log
     incoming = made.incoming(target.guest)
     incoming.listen("tcp:127.0.0.1:0")
-    outgoing = made.outgoing(source.guest, parameters={"downtime-limit": 0}, on_event=events.append)
+    outgoing = made.outgoing(
+        source.guest, parameters={"downtime-limit": 0}, on_event=events.append
+    )
     outgoing.start(incoming.uri)
     assert outgoing.wait(FOREVER)
     assert incoming.wait(FOREVER)

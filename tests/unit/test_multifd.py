@@ -226,11 +226,8 @@ def test_zero_pages_go_where_they_are_to_go(made, machine, detection, where):
     found = {
         "main": sum(kind == "ZERO" for kind, _ in ram_records(main)),
         "packets": sum(len(packet.zero) for packet in packets),
-        "normal": sum(
-            not any(contents)
-            for c in channels
-            for _, _, contents in itertools.chain(*multifd.pages_of(c, "none"))
-        ),
+        "normal": sum(not any(contents) for c in channels
+                      for _, _, contents in itertools.chain(*multifd.pages_of(c, "none"))),
     }
     if where == "packets":
         assert found["packets"] == found["normal"] > 0
@@ -335,9 +332,8 @@ def test_a_guest_arrives(made, tmp_path, channels, scheme, compression, detectio
     sent, came = outgoing.query().ram, incoming.query().ram
     assert sent.multifd_bytes == came.multifd_bytes > 0
     assert (sent.normal, sent.duplicate) == (came.normal, came.duplicate)
-    zeros = sum(
-        not any(b.view[i : i + PAGE]) for b in source.memory for i in range(0, b.used_length, PAGE)
-    )
+    zeros = sum(not any(b.view[i : i + PAGE])
+                for b in source.memory for i in range(0, b.used_length, PAGE))
     assert sent.duplicate == (0 if detection == "none" else zeros)
     assert sent.normal + sent.duplicate == NPAGES + 16
 

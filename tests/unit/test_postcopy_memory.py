@@ -261,7 +261,7 @@ def test_larger_pages_of_the_host_are_placed_whole(made, tmp_path, shared):
     rest = [r for r in box.rest() if r.block == RAM or r.page >= npages]
     box.source.send(postcopy.pages([record(i, BIG) for i in range(npages)] + rest, 3) + b"\0")
     assert box.incoming.wait(FOREVER)
-    assert bytes(box.memory["big"].view[:UNIT]) == bytes(UNIT)
+    assert bytes(box.memory["big"].view[: UNIT]) == bytes(UNIT)
     assert bytes(box.memory["big"].view[UNIT + PAGE : UNIT + 2 * PAGE]) == page(npages + 1, BIG)
 
 
@@ -402,7 +402,9 @@ def test_pages_of_other_sizes_are_refused(box, summary):
 
 def test_blocks_must_have_pages_of_the_same_size(made, tmp_path):
     box = Box(made, tmp_path, big=True)
-    head = postcopy.head(box.blocks, host_pages={"pc.ram": UNIT}, advised={"summary": PAGE | UNIT})
+    head = postcopy.head(
+        box.blocks, host_pages={"pc.ram": UNIT}, advised={"summary": PAGE | UNIT}
+    )
     box.source.send(head)
     assert "Mismatched RAM page size pc.ram (local) 4096 != 65536" in str(error_of(box.incoming))
 
@@ -438,7 +440,9 @@ def test_times_of_vcpus():
     memory = mig.GuestMemory()
     block = memory.add("ram", 8 * PAGE)
     received = _core.Bitmap(8)
-    server = _core.FaultServer([(b"ram", block.pages, PAGE, received, True, True)], PAGE, requests)
+    server = _core.FaultServer(
+        [(b"ram", block.pages, PAGE, received, True, True)], PAGE, requests
+    )
     server.settle()
     server.set_vcpus([0, 0])
     near, far = os.pipe()

@@ -137,7 +137,9 @@ def test_words_leave_most_of_a_page_as_it_was(made):
 )
 @pytest.mark.parametrize("workers", [1, 4])
 def test_workers_write_the_working_set_and_nothing_else(made, working_set, npages, workers):
-    guest = made(128 * PAGE, pattern="sequential", rate=0, working_set=working_set, workers=workers)
+    guest = made(
+        128 * PAGE, pattern="sequential", rate=0, working_set=working_set, workers=workers
+    )
     guest.start()
     end = time.monotonic() + FOREVER
     while (ledger(guest) > 0).sum() < npages and time.monotonic() < end:
@@ -484,7 +486,9 @@ class Move:
 def test_a_running_guest_moves(made, tmp_path, pattern):
     """At 50 MiB/s, with a bandwidth that makes several passes of it."""
     passes = []
-    source = made(16 * MIB, rate=50 * MIB, workers=2, pattern=pattern, working_set=0.5, fill="half")
+    source = made(
+        16 * MIB, rate=50 * MIB, workers=2, pattern=pattern, working_set=0.5, fill="half"
+    )
     target = made(16 * MIB)
     source.start()
     await_writes(source, 100)
@@ -664,10 +668,9 @@ def test_device_state_is_big_endian(made):
     payload = payload_of(guest)
     *fields, boot_id = HEADER.unpack_from(payload)
     assert fields == [0x0102, 16, 16, 5 * MIB, PAGE, 2, PATTERNS["hot"], FILLS["zero"]]
-    assert (
-        boot_id.hex()
-        == Path("/proc/sys/kernel/random/boot_id").read_text().replace("-", "").strip()
-    )
+    assert boot_id.hex() == Path("/proc/sys/kernel/random/boot_id").read_text().replace(
+        "-", ""
+    ).strip()
     words = struct.unpack(f">{2 * len(WORKER_FIELDS)}Q", payload[HEADER.size :])
     at = WORKER_FIELDS.index("writes")
     assert words[at] + words[at + len(WORKER_FIELDS)] == guest.counters().writes

@@ -317,7 +317,9 @@ def read_blocks(reader: StreamReader) -> BlockList:
 
 
 @QUICK
-@given(blocks=st.dictionaries(NAMES, st.integers(1, 1 << 20).map(lambda n: n * PAGE), max_size=10))
+@given(
+    blocks=st.dictionaries(NAMES, st.integers(1, 1 << 20).map(lambda n: n * PAGE), max_size=10)
+)
 def test_block_lists_round_trip(blocks):
     listed = BlockList(tuple(BlockInfo(name, nbytes) for name, nbytes in blocks.items()))
     data = listed.encode()
