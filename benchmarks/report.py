@@ -235,6 +235,93 @@ def _rates(benchmarks: list[Benchmark]) -> Iterator[str]:
     yield from _table(head, rows)
 
 
+def _ticks(benchmark: Benchmark) -> bool:
+    return "first tick" in benchmark["extra_info"]
+
+
+def _first_ticks(benchmarks: list[Benchmark]) -> Iterator[str]:
+    peers = list(dict.fromkeys(peer for b in benchmarks for peer in _peers(b)))
+    yield "## The first tick of a guest that was kept"
+    yield ""
+    yield (
+        "A fresh QEMU waits; how long after the connection (with `file:` and mapped-ram after QMP "
+        "migrate-incoming, with `mig send` after the start of the command, which also opens the "
+        "file) its guest says that it ticks, which it does every "
+        f"{_time(benchmarks[0]['extra_info']['tick'])}. The memory does not compress; the files "
+        "are in the page cache. A factor (x) above 1: mig is faster."
+    )
+    yield ""
+    rows = []
+    for b in benchmarks:
+        info = b["extra_info"]
+        row = [f"{info['memory'] >> 20} MiB", _time(b["stats"]["median"]), _time(info["worst"])]
+        for peer in peers:
+            row.append(_time(info[f"seconds {peer}"]) if f"seconds {peer}" in info else "")
+        for peer in peers:
+            row.append(f"**{info[f'ratio {peer}']:.1f}**" if f"ratio {peer}" in info else "")
+        rows.append(row)
+    head = ["memory", "mig", "worst", *peers, *(f"{peer} x" for peer in peers)]
+    yield from _table(head, rows)
+
+
+def _restores_many(benchmark: Benchmark) -> bool:
+    return "restores" in benchmark["extra_info"]
+
+
+def _many(benchmarks: list[Benchmark]) -> Iterator[str]:
+    for b in benchmarks:
+        info = b["extra_info"]
+        yield f"## {info['restores']} restores at the same time"
+        yield ""
+        yield (
+            f"Guests of {info['memory'] >> 20} MiB from one file; medians over the rounds. One "
+            "process of mig serves all; each QEMU loads the file for itself. Whole: until all "
+            "guests had all of their memory."
+        )
+        yield ""
+        figures = ("first", "middle", "last", "whole")
+        names = ["mig", *_peers(b)]
+        rows = [[name, *(_time(info[f"{what} {name}"]) for what in figures)] for name in names]
+        yield from _table(["", "first tick: first guest", "middle", "last", "whole"], rows)
+
+
+def _faults(benchmark: Benchmark) -> bool:
+    return "faults" in benchmark["extra_info"]
+
+
+def _latencies(benchmarks: list[Benchmark]) -> Iterator[str]:
+    yield "## Pages that are waited for"
+    yield ""
+    yield (
+        "How long a touch of a page takes that is not there yet, at random, every 0.5 ms, while "
+        "the others come in the background: slow (max-postcopy-bandwidth 4 MiB/s) or full (no "
+        "limit). A QEMU guest measures it itself, under the emulator; in mig a thread does, and "
+        "`seen` is what mig's fault thread has. A QEMU with a limit on bandwidth sends what was "
+        "asked for at the end of a slice of 100 ms."
+    )
+    yield ""
+    rows = []
+    for b in benchmarks:
+        info = b["extra_info"]
+        for name in ("mig", *_peers(b)):
+            seen = [info.get(f"seen {share} {name}") for share in ("p50", "p99")]
+            rows.append(
+                [
+                    "mig to mig" if name == "mig" else name,
+                    info["faults"],
+                    "yes" if info["preempt"] else "no",
+                    f"{info[f'waits {name}']}",
+                    _time(info[f"p50 {name}"]),
+                    _time(info[f"p99 {name}"]),
+                    *("" if value is None else _time(value) for value in seen),
+                    f"**{info[f'p50 {name}'] / info['p50 mig']:.2f}**",
+                    f"**{info[f'p99 {name}'] / info['p99 mig']:.2f}**",
+                ]
+            )
+    head = ["from, to", "background", "preempt", "touches", "p50", "p99"]
+    yield from _table([*head, "seen p50", "seen p99", "p50 x", "p99 x"], rows)
+
+
 def _kernel_row(benchmark: Benchmark, rates: bool, peers: list[str]) -> Iterator[str]:
     info, seconds = benchmark["extra_info"], benchmark["stats"]["median"]
     yield f"`{benchmark['name'].removeprefix('test_')}`"
@@ -348,9 +435,13 @@ def report(results: list[dict[str, Any]]) -> Iterator[str]:
     rates = [b for b in benchmarks if _limits_rate(b)]
     live = [b for b in benchmarks if _is_live(b)]
     snapshots = [b for b in benchmarks if _is_snapshot(b)]
-    others = migrations + legs + rates + live + convergence + snapshots
+    ticks = [b for b in benchmarks if _ticks(b)]
+    many = [b for b in benchmarks if _restores_many(b)]
+    faults = [b for b in benchmarks if _faults(b)]
+    others = migrations + legs + rates + live + convergence + snapshots + ticks + many + faults
     kernels = [b for b in benchmarks if b not in others]
     versions = {peer for b in migrations + rates for peer in _peers(b)}
+    versions |= {" ".join(p.split()[:2]) for b in ticks for p in _peers(b) if p.startswith("QEMU")}
     versions |= {b["extra_info"]["beside"] for b in legs}
     yield "# Benchmarks"
     yield ""
@@ -372,6 +463,9 @@ def report(results: list[dict[str, Any]]) -> Iterator[str]:
         (_live, live),
         (_convergence, convergence),
         (_snapshots, snapshots),
+        (_first_ticks, ticks),
+        (_many, many),
+        (_latencies, faults),
         (_kernels, kernels),
     )
     for part, chosen in parts:

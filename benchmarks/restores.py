@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import mig
 from mig.selftest.qemu import GuestSpec, Qemu, QemuBinary
 
 from .migrations import MigDestination, Peer, QemuSource, Settings
@@ -125,12 +127,41 @@ class Waiting:
         self._stack.close()
 
 
-def restoring(file: Path, uris: Sequence[str], settings: Settings) -> Peer:
-    """Return a process of mig that has opened the file, and waits for an order."""
-    return Peer("restore", settings.to_json(return_path=False), file, *uris)
+def restoring(file: Path, uris: Sequence[str], settings: Settings, *, order: bool = False) -> Peer:
+    """Return a process of mig that has opened the file, and waits to be told.
+
+    order: let pages go in the order that record_order() has noted
+    """
+    given = {**json.loads(settings.to_json(return_path=False)), "order": order}
+    return Peer("restore", json.dumps(given), file, *uris)
+
+
+def record_order(binary: QemuBinary, spec: GuestSpec, folder: Path, file: Path) -> None:
+    """Restore a guest, only to note which pages it wants up to its first tick."""
+    with (
+        contextlib.closing(Waiting(binary, spec, folder, POSTCOPY)) as waiting,
+        mig.open_image(file) as image,
+    ):
+        waiting.listen()
+        restored = mig.restore(image, waiting.uris[0], background=False, record=True)
+        waiting.wait_first_ticks()
+        restored.abandon()
+        with contextlib.suppress(mig.MigError):
+            restored.wait()
 
 
 def start_command(file: Path, uri: str) -> subprocess.Popen[bytes]:
     """Start the command that a person would."""
-    arguments = [sys.executable, "-P", "-m", "mig", "send", str(file), uri, "--postcopy"]
+    arguments = [
+        sys.executable,
+        "-P",
+        "-m",
+        "mig",
+        "send",
+        str(file),
+        uri,
+        "--postcopy",
+        "--order",
+        "off",
+    ]
     return subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)

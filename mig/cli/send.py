@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import click
@@ -112,10 +112,7 @@ def send(
         )
     if background not in (None, "off"):
         values["max-postcopy-bandwidth"] = background
-    if wanted.get(Capability.PAUSE_BEFORE_SWITCHOVER):
-        raise click.UsageError(
-            "capability 'pause-before-switchover': nobody can say migrate-continue to this command"
-        )
+    _check(wanted)
     with open_image(file) as image:
         if image.ignores_shared:
             wanted.setdefault(Capability.X_IGNORE_SHARED, True)
@@ -140,6 +137,13 @@ def send(
 
         ends = _send_to_all(uris, start)
     _report(uris, ends, as_json=as_json)
+
+
+def _check(wanted: Mapping[str, bool]) -> None:
+    if wanted.get(Capability.PAUSE_BEFORE_SWITCHOVER):
+        raise click.UsageError(
+            "capability 'pause-before-switchover': nobody can say migrate-continue to this command"
+        )
 
 
 def _open_order(image: Image, order: str | None, *, record: bool) -> OrderFile:

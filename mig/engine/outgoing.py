@@ -323,6 +323,8 @@ class OutgoingMigration(PostcopySource):
 
     def _postcopy_saver(self, writer: StreamWriter) -> RamSaver:
         assert self._encoding is not None
+        if self._channel is not None:
+            self._channel.keep_queue_short()
         saver = self._saver = self._make_saver(writer, self._encoding.plain(writer))
         return saver
 

@@ -19,9 +19,9 @@ _MOST_WAITING = 1 << 16
 #: 0.1 to 0.2 ms after it has got the last one where nothing else is in its way
 _START = 1.0
 #: seconds after a request in which the next one is likely, while it begins and later
-_QUIET = (0.02, 0.002)
+_QUIET = (0.02, 0.0005)
 #: seconds that the background waits at most for a guest that never stops to ask
-_PATIENCE = (0.1, 0.01)
+_PATIENCE = (0.1, 0.001)
 
 
 class Courtesy:

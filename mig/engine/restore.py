@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Iterable, Mapping
 
@@ -57,7 +58,9 @@ def restore(
 
     def tell(event: Event) -> None:
         if isinstance(event, StatusChanged) and event.status in _BREAKS:
-            keeper.save()
+            # a warning that was made an error is no reason to break a postcopy
+            with contextlib.suppress(Warning):
+                keeper.save()
         if on_event is not None:
             on_event(event)
 

@@ -212,5 +212,6 @@ class FaultLog:
 
     def noted(self) -> tuple[Runs, Runs]:
         """Return what was noted up to now: runs, and places in the order. Any thread."""
-        places = np.array(self._places, dtype=np.uint64)
-        return np.array(self._runs, dtype=np.uint64)[: len(places)], places
+        # copies first: an array cannot be appended to while numpy looks at it
+        places, runs = self._places[:], self._runs[:]
+        return np.array(runs, dtype=np.uint64)[: len(places)], np.array(places, dtype=np.uint64)

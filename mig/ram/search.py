@@ -180,6 +180,10 @@ class PageSearch:
             batch = self._next_in_order(room)
             if batch is not None:
                 return batch
+        return self._walk(room)
+
+    def _walk(self, room: PageIndex) -> PageBatch | None:
+        """Take the next dirty pages from where it stands."""
         # the block that it begins in may have dirty pages before the one it begins with
         for _ in range(len(self.blocks) + 1):
             if self._block == len(self.blocks):
@@ -209,10 +213,7 @@ class PageSearch:
         return self._next_in_order(self._index[: min(max(max_pages, 1), MAX_BATCH)])
 
     def _next_in_order(self, room: PageIndex) -> PageBatch | None:
-        """Take pages that are worth sending before the rest; None: the walk goes on.
-
-        A host page that the room is too small for is where the walk goes on.
-        """
+        """Take pages that are worth sending before the rest; None: there are none."""
         n, number = 0, None
         for _ in range(_MOST_RUNS):
             run = self._order.next()
@@ -223,9 +224,11 @@ class PageSearch:
             left = block.dirty.count(first, end - first) if first < end else 0
             fits = min(left, len(room) - n)
             if fits < left and block.host_page_size > block.pages.page_size:
-                if not n:
-                    self._block, self._page = run.block, first
-                break
+                if n:
+                    break
+                # begun here it is finished, however long it is
+                self._block, self._page = run.block, first
+                return self._walk(room)
             if fits:
                 n += block.dirty.take(first, room[n : n + fits])
                 number = run.block

@@ -207,6 +207,27 @@ def test_a_flood_of_requests_is_noted_up_to_a_limit(monkeypatch):
     assert not len(silent.noted()[0])
 
 
+def test_a_log_is_read_while_it_is_written():
+    log, ended = FaultLog(None, record=True), threading.Event()
+    errors = []
+
+    def write():
+        try:
+            for i in range(30_000):
+                log.note(0, i, 1, i)
+        except BaseException as error:
+            errors.append(error)
+        ended.set()
+
+    thread = threading.Thread(target=write)
+    thread.start()
+    while not ended.is_set():
+        runs, places = log.noted()
+        assert runs.tolist() == places.tolist() == list(range(len(runs)))
+    thread.join()
+    assert not errors
+
+
 # ---- what goes when --------------------------------------------------------------------------
 
 
@@ -522,8 +543,8 @@ def test_the_background_waits_while_the_guest_asks():
     clock.now += 1
     courtesy.requested()
     courtesy.sent()
-    assert courtesy.left() == pytest.approx(0.002)
-    clock.now += 0.003
+    assert courtesy.left() == pytest.approx(0.0005)
+    clock.now += 0.001
     assert courtesy.left() == 0
 
 
