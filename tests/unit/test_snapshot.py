@@ -53,14 +53,17 @@ def stack():
 
 @pytest.mark.parametrize("seed", [1, 2])
 @pytest.mark.parametrize("workers", [1, 3])
-@pytest.mark.parametrize("pattern", ["full", "words", "sequential", "hot"])
-def test_every_page_is_the_one_at_the_pause(stack, tmp_path, pattern, workers, seed):
+@pytest.mark.parametrize(
+    ("pattern", "also"),
+    [("full", ()), ("words", ()), ("sequential", ()), ("hot", ()), ("full", ("mapped-ram",))],
+)
+def test_every_page_is_the_one_at_the_pause(stack, tmp_path, pattern, also, workers, seed):
     guest = stack.enter_context(
         Remembering(4 * MIB, workers=workers, pattern=pattern, rate=0, seed=seed, fill="half")
     )
     guest.start()
     await_writes(guest, 300)
-    outgoing = snapshot(guest, f"file:{tmp_path / 'vm'}")
+    outgoing = snapshot(guest, f"file:{tmp_path / 'vm'}", also=also)
     assert outgoing.wait(FOREVER)
     assert guest.running
     await_writes(guest, 300)
@@ -68,7 +71,7 @@ def test_every_page_is_the_one_at_the_pause(stack, tmp_path, pattern, workers, s
     assert guest.verify().ok
 
     restored = stack.enter_context(ProcessGuest(4 * MIB))
-    incoming = IncomingMigration(restored)
+    incoming = IncomingMigration(restored, capabilities=also)
     incoming.listen(f"file:{tmp_path / 'vm'}")
     assert incoming.wait(FOREVER)
     report = restored.verify()
