@@ -34,6 +34,7 @@ except ModuleNotFoundError as _error:
     ) from None
 
 from mig import errors, xbzrle
+from mig.analysis import Analysis, analyze
 from mig.dirty import DirtyLog, SharedDirtyLog, WriteTracker
 from mig.engine import (
     Blockers,
@@ -58,6 +59,7 @@ except _PackageNotFoundError:
     __version__ = "0+unknown"
 
 __all__ = [
+    "Analysis",
     "Bitmap",
     "Blockers",
     "Capability",
@@ -84,6 +86,7 @@ __all__ = [
     "WriteTracker",
     "XbzrleCache",
     "__version__",
+    "analyze",
     "errors",
     "is_zero",
     "open_image",

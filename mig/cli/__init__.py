@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 import mig
+from mig.cli.analyze import analyze
 from mig.cli.demo import demo
 from mig.cli.info import info
 from mig.cli.receive import receive
@@ -23,5 +24,5 @@ def main() -> None:
     """
 
 
-for _command in (demo, receive, send, info, selftest):
+for _command in (demo, receive, send, info, analyze, selftest):
     main.add_command(_command)
