@@ -6,11 +6,6 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
-/* Newer than the headers this may be built with; what is not known to the kernel fails, harmlessly. */
-#ifndef MADV_POPULATE_READ
-#define MADV_POPULATE_READ 22
-#endif
-
 static void note_fault(struct mig_walk *w, const uint8_t *buf, size_t i, int error)
 {
     const struct mig_ram_parser *p = w->parser;
@@ -25,13 +20,13 @@ static void note_fault(struct mig_walk *w, const uint8_t *buf, size_t i, int err
     w->nfaults++;
 }
 
-/* What is before a page's bytes in its record is counted with them: the burst as a whole. */
-static void count_pages(struct mig_walk *w)
+/* nbytes: of the records of the burst */
+static void count_pages(struct mig_walk *w, size_t nbytes)
 {
     const struct mig_ram_parser *p = w->parser;
     struct mig_tally *t = &w->blocks[p->current];
 
-    for (size_t i = 0; i < p->npages; i++) {
+    for (size_t i = 0; t->sent && i < p->npages; i++) {
         uint64_t page = p->page[i], bit = UINT64_C(1) << (page % 64);
         uint64_t *sent = &t->sent[page / 64], *zero = &t->zero[page / 64];
         bool is_zero = p->src[i] == -1;
@@ -51,7 +46,7 @@ static void count_pages(struct mig_walk *w)
     t->xbzrle += p->nxbzrle;
     t->compressed += p->npacked;
     t->normal += p->npages - p->nfill - p->nxbzrle - p->npacked;
-    t->record_bytes += p->consumed;
+    t->record_bytes += nbytes;
 }
 
 static void count_fills(struct mig_walk *w)
@@ -108,12 +103,14 @@ static int try_compressed(struct mig_walk *w, const uint8_t *buf)
     return rc == MIG_E_RAM_BAD_ZLIB ? 0 : rc;
 }
 
-static int count_burst(struct mig_walk *w, const uint8_t *buf)
+static int count_burst(struct mig_walk *w, const uint8_t *buf, int stop)
 {
+    size_t end = stop == MIG_RAM_STOP_EOS ? MIG_RAM_WORD : 0;
+
     if (!w->parser->npages) {
         return 0;
     }
-    count_pages(w);
+    count_pages(w, w->parser->consumed - end);
     count_fills(w);
     try_encodings(w, buf);
     return try_compressed(w, buf);
@@ -134,16 +131,16 @@ static int parse_burst(struct mig_walk *w, const uint8_t *buf, size_t len)
     return stop;
 }
 
-/* Has the kernel map, or lets it unmap, the whole pages of buf[from..to): a file that is walked over
- * takes no more memory than a window of it. */
-static void advise(const uint8_t *buf, size_t from, size_t to, int advice)
+/* Lets go the whole pages of buf[from..to): a file that is walked over takes no more memory than a
+ * window of it. They stay in the page cache. */
+static void let_go(const uint8_t *buf, size_t from, size_t to)
 {
     uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE);
     uintptr_t start = ((uintptr_t)buf + from + page - 1) / page * page;
     uintptr_t end = ((uintptr_t)buf + to) / page * page;
 
     if (start < end) {
-        madvise((void *)start, end - start, advice);
+        madvise((void *)start, end - start, MADV_DONTNEED);
     }
 }
 
@@ -158,16 +155,13 @@ int mig_walk(struct mig_walk *w, const uint8_t *buf, size_t len)
 
         if (w->consumed >= window) {
             if (w->mapped) {
-                advise(buf, kept, w->consumed, MADV_DONTNEED);
+                let_go(buf, kept, w->consumed);
                 kept = w->consumed;
             }
             window = len - w->consumed < MIG_TALLY_WINDOW ? len : w->consumed + MIG_TALLY_WINDOW;
-            if (w->mapped) {
-                advise(buf, w->consumed, window, MADV_POPULATE_READ);
-            }
         }
         stop = parse_burst(w, buf + w->consumed, window - w->consumed);
-        rc = count_burst(w, buf + w->consumed);
+        rc = count_burst(w, buf + w->consumed, stop);
         w->consumed += w->parser->consumed;
         if (rc < 0) {
             return rc;
@@ -177,7 +171,7 @@ int mig_walk(struct mig_walk *w, const uint8_t *buf, size_t len)
             window = w->consumed;
         } else if (stop != MIG_RAM_STOP_FULL && stop != MIG_RAM_STOP_SWITCH) {
             if (w->mapped) {
-                advise(buf, kept, w->consumed, MADV_DONTNEED);
+                let_go(buf, kept, w->consumed);
             }
             return stop;
         }

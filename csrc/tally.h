@@ -6,7 +6,7 @@
 #include "compress.h"
 #include "mig.h"
 
-/* Of one block. sent, zero: a bit for each page that has had a record, and whether its last record
+/* Of one block; of a block that is not known, sent and zero are NULL. sent, zero: a bit for each page that has had a record, and whether its last record
  * made it zero; npages, nzero: how many of these are set. The rest counts records: repeated: of
  * pages that had one before; filled: with a fill byte that is not 0; coded_bytes: of encodings. */
 struct mig_tally {
@@ -26,7 +26,7 @@ struct mig_tally_fault {
 enum {
     MIG_TALLY_FAULTS = 32,
     /* what is walked over in a mapped file is let go in such pieces */
-    MIG_TALLY_WINDOW = 8 << 20,
+    MIG_TALLY_WINDOW = 16 << 20,
 };
 
 struct mig_walk {
@@ -34,7 +34,7 @@ struct mig_walk {
     struct mig_decompressor *inflating; /* NULL until there are compressed pages */
     unsigned threads;                   /* for these */
     const struct mig_kernels *kernels;
-    struct mig_tally *blocks; /* as many as the parser has */
+    struct mig_tally *blocks; /* as many as the parser has; the last is for the unknown */
     uint8_t *page;            /* room for one, where XBZRLE is tried */
     bool mapped;              /* the bytes are those of a mapped file */
     /* results of the last call: bytes gone over; where an error is a record's, its block or -1 */

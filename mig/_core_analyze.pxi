@@ -64,8 +64,10 @@ cdef class RamWalker:
 
     def __cinit__(self, blocks, size_t page_size, *, bint mapped=False, unsigned threads=2):
         cdef size_t i, n
-        self.parser = RamParser(blocks, page_size, threads=threads)
+        # one more for records of a block that is not known any more: no name is that of it
+        self.parser = RamParser([*blocks, (b"", UINT64_MAX)], page_size, threads=threads)
         n = self.parser.c.nblocks
+        self.parser.table[n - 1].name_len = SIZE_MAX
         self.c.parser = &self.parser.c
         self.c.threads = threads
         self.c.kernels = (<Kernels>KERNELS).k
@@ -74,7 +76,7 @@ cdef class RamWalker:
         self.c.blocks = <mig_tally *>calloc(n or 1, sizeof(mig_tally))
         if self.c.page == NULL or self.c.blocks == NULL:
             raise MemoryError
-        for i in range(n):
+        for i in range(n - 1):
             # memory is taken only where there are pages
             self.c.blocks[i].sent = new_words(self.parser.table[i].npages)
             self.c.blocks[i].zero = new_words(self.parser.table[i].npages)
@@ -105,6 +107,16 @@ cdef class RamWalker:
             return check(stop)
         finally:
             PyBuffer_Release(&view)
+
+    def lose_block(self):
+        """Something is left out: to which block records belong is not known up to the next name."""
+        self.parser.c.current = <int64_t>self.parser.c.nblocks - 1
+
+    @property
+    def lost(self):
+        """Records since then that could not be ascribed to a block."""
+        cdef mig_tally *t = &self.c.blocks[self.parser.c.nblocks - 1]
+        return t.normal + t.fill + t.xbzrle + t.compressed
 
     @property
     def consumed(self):
@@ -146,8 +158,8 @@ cdef class RamWalker:
     def counts(self, size_t number):
         """What was counted of a block, by name; see csrc/tally.h."""
         cdef mig_tally *t
-        if number >= self.parser.c.nblocks:
-            raise IndexError(f"block {number} of {self.parser.c.nblocks}")
+        if number >= self.parser.c.nblocks - 1:
+            raise IndexError(f"block {number} of {self.parser.c.nblocks - 1}")
         t = &self.c.blocks[number]
         return {
             "npages": t.npages, "nzero": t.nzero, "normal": t.normal, "fill": t.fill,

@@ -95,6 +95,7 @@ def _analyze_mapped(file: BinaryIO, analysis: Analysis) -> None:
         memoryview(mapping) as whole,
         whole[analysis.start :] as stream,
     ):
+        mapping.madvise(mmap.MADV_SEQUENTIAL)
         reader = StreamReader(data=stream)
         walk = StreamWalk(reader, analysis, MappedFile(analysis.start, analysis.file_nbytes))
         try:

@@ -117,8 +117,13 @@ class RamWalk:
             elif stop == _core.STOP_OTHER:
                 self._other_record(walker)
 
+    def lose_block(self) -> None:
+        """Something of the stream is left out."""
+        if self._walker is not None:
+            self._walker.lose_block()
+
     def _name(self, number: int) -> str | None:
-        return self._blocks[number].idstr if number >= 0 else None
+        return self._blocks[number].idstr if 0 <= number < len(self._blocks) else None
 
     def _note_faults(self, walker: _core.RamWalker) -> None:
         """Records that were gone over, but whose contents are wrong."""
@@ -174,6 +179,9 @@ class RamWalk:
         if self._walker is None:
             return None
         blocks = tuple(self._counts(self._walker, i) for i in range(len(self._blocks)))
+        if self._walker.lost:
+            text = f"{self._walker.lost} records could not be ascribed to a block"
+            self._found(Finding(Severity.WARNING, text, None, RAM_IDSTR))
         return RamSummary(self._total, blocks, self.parts, self._flushes)
 
     def _counts(self, walker: _core.RamWalker, number: int) -> BlockCounts:

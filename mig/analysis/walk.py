@@ -390,6 +390,8 @@ class StreamWalk:
             raise _Stop
         nbytes = offset - reader.offset
         self._warn(f"{nbytes} bytes could not be understood", reader.offset)
+        if self._ram is not None:
+            self._ram.lose_block()
         reader.advance(nbytes)
 
     def _unpack_rest(self) -> None:
