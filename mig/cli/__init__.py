@@ -7,6 +7,7 @@ import click
 import mig
 from mig.cli.analyze import analyze
 from mig.cli.demo import demo
+from mig.cli.diff import diff
 from mig.cli.info import info
 from mig.cli.receive import receive
 from mig.cli.selftest import selftest
@@ -24,5 +25,5 @@ def main() -> None:
     """
 
 
-for _command in (demo, receive, send, info, analyze, selftest):
+for _command in (demo, receive, send, info, analyze, diff, selftest):
     main.add_command(_command)
