@@ -6,6 +6,7 @@ import click
 
 import mig
 from mig.cli.analyze import analyze
+from mig.cli.check import check
 from mig.cli.demo import demo
 from mig.cli.diff import diff
 from mig.cli.info import info
@@ -25,5 +26,5 @@ def main() -> None:
     """
 
 
-for _command in (demo, receive, send, info, analyze, diff, selftest):
+for _command in (demo, receive, send, info, analyze, diff, check, selftest):
     main.add_command(_command)
