@@ -398,8 +398,10 @@ class StreamWalk:
         """What is behind RAM of a packed stream: small enough to be had in memory."""
         reader = self._reader
         offset = reader.offset
-        if reader.fill(MAX_DEVICE_STATE):
-            raise StreamError("device state is past the limit", offset=offset)
+        # the buffer becomes as long as what is asked for
+        while reader.fill(2 * reader.available + 1):
+            if reader.available > MAX_DEVICE_STATE:
+                raise StreamError("device state is past the limit", offset=offset)
         rest = StreamReader(data=reader.take(MAX_DEVICE_STATE))
         rest.went_past(offset)
         self._reader, self._scanner, self._in_memory = rest, Scanner(rest), True
