@@ -8,6 +8,7 @@ import zlib
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import analysis as oracle
@@ -20,6 +21,7 @@ import mig
 from mig import Analysis, analyze
 from mig.analysis import Severity
 from mig.analysis import report as report_module
+from mig.cli import main
 from mig.errors import ChannelError, MigError
 from mig.savevm.load import StreamLoader
 from mig.stream.reader import StreamReader
@@ -473,3 +475,42 @@ def test_headers_without_end_do_not_take_for_ever(look):
     headers = b"".join(stream.section(4, i, "d", i, 1) + b"\x7e\0\0\0\2" for i in range(1000, 9000))
     found = look(with_tail(headers, with_description=False) + bytes(1 << 20))
     assert not found.ok
+
+
+# ---- the command -----------------------------------------------------------------------------
+
+
+def run(*args: str) -> tuple[int, str]:
+    result = CliRunner().invoke(main, ["analyze", *args])
+    return result.exit_code, result.output
+
+
+def test_the_command_prints_json(tmp_path):
+    path = tmp_path / "vm"
+    path.write_bytes(STREAM)
+    status, output = run(str(path), "--json")
+    assert status == 0
+    assert json.loads(output.splitlines()[-1]) == analyze(path).to_json()
+
+
+def test_the_command_for_people(tmp_path):
+    path = tmp_path / "vm"
+    path.write_bytes(STREAM)
+    status, output = run(str(path))
+    assert status == 0
+    assert "machine  box" in output
+    assert "verdict  nothing is wrong" in output
+    assert "lcr" not in output
+    for option in (["--fields"], ["-d", "uart"]):
+        assert "lcr (uint32): 256 (0x100)" in run(str(path), *option)[1]
+
+
+def test_the_command_says_what_is_wrong(tmp_path):
+    path = tmp_path / "vm"
+    path.write_bytes(STREAM[:-20])
+    status, output = run(str(path))
+    assert status == 1
+    assert "verdict  something is wrong" in output
+    assert "error: stream ends after" in output
+    status, output = run(str(tmp_path / "none"))
+    assert (status, output) == (1, f"mig: {tmp_path}/none: No such file or directory\n")
