@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """One end of a migration in a process of its own, as QEMU is: run by migrations.py.
 
-    peer.py capture URI OPTIONS FILE  be a destination that keeps the VM in FILE
+    peer.py capture URI OPTIONS FILE [FORMAT]  be a destination that keeps the VM in FILE
     peer.py drop    URI OPTIONS       be one that reads everything and keeps nothing
     peer.py memory  URI OPTIONS FILE  be one with memory like that of the VM in FILE
     peer.py host    URI OPTIONS MIB   be a destination of a process guest, and let it run
@@ -129,8 +129,9 @@ def _receive(uri: str, options: str, guest: mig.DestinationGuest) -> None:
     incoming.wait()
 
 
-def capture(uri: str, options: str, file: str) -> None:
-    _receive(uri, options, mig.StreamCapture(file))
+def capture(uri: str, options: str, file: str, form: str = "stream") -> None:
+    capture = mig.StreamCapture if form == "stream" else mig.MappedCapture
+    _receive(uri, options, capture(file))
     # at once: what is closed afterwards is not part of the migration
     _report(**_spent())
 

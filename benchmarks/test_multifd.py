@@ -205,22 +205,24 @@ def test_mig_and_qemu(
     def to_mig(role: str, *arguments: object, kept: Path | None = None) -> MigDestination:
         return MigDestination(role, stage.uri, *arguments, settings=settings, kept=kept)
 
-    def to_file() -> MigDestination:
+    def to_file(form: str) -> MigDestination:
         # at once before: disks, too, drift
         disk.append(disk_rate(tmp_path / "raw", mib << 20))
-        return to_mig("capture", file, kept=file)
+        return to_mig("capture", file, form, kept=file)
 
     ends: Ends = {
         "mig": (MigImage(image, settings), to_qemu),
         name: (theirs, to_qemu),
-        "into file": (theirs, to_file),
+        "into file": (theirs, lambda: to_file("mapped-ram")),
+        "into stream": (theirs, lambda: to_file("stream")),
         "into memory": (theirs, lambda: to_mig("memory", image)),
         "nowhere": (theirs, lambda: to_mig("drop")),
     }
     compare_migrations(compare, stage, ends, mib=mib, rounds=rounds, warmup=_WARMUP)
     legs = {
         "mig": "mig to QEMU",
-        "into file": "QEMU to mig, file",
+        "into file": "QEMU to mig, mapped-ram file",
+        "into stream": "QEMU to mig, stream in a file",
         "into memory": "QEMU to mig, memory",
         "nowhere": "QEMU to mig, nowhere",
     }

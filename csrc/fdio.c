@@ -78,6 +78,30 @@ static ssize_t write_some(const struct mig_fd *f, struct iovec *iov, size_t niov
                         : writev(f->fd, iov, (int)niov);
 }
 
+int64_t mig_fd_readv_some(const struct mig_fd *f, struct iovec *iov, size_t niov)
+{
+    bool was_reset = false;
+
+    for (;;) {
+        ssize_t n = read_some(f, iov, niov);
+        int rc = 0;
+
+        if (n >= 0) {
+            return n;
+        }
+        if (must_wait(errno)) {
+            rc = wait_for(f, POLLIN);
+        } else if (errno == ECONNRESET && !was_reset) {
+            was_reset = true; /* as above */
+        } else if (errno != EINTR) {
+            rc = -errno;
+        }
+        if (rc < 0) {
+            return rc;
+        }
+    }
+}
+
 void mig_iov_skip(struct iovec **iov, size_t *niov, size_t n)
 {
     while (*niov && n >= (*iov)->iov_len) {

@@ -32,6 +32,7 @@ enum mig_error {
     MIG_E_XBZRLE_TRUNCATED = -5030, /* the encoding ends within a run */
     MIG_E_XBZRLE_LENGTH = -5031,    /* a run of no bytes, or a length of three bytes */
     MIG_E_XBZRLE_PAST_PAGE = -5032, /* a run that goes past the page */
+    MIG_E_MAPPED_SHORT = -5040,     /* a file ends before what was found in it */
     MIG_XBZRLE_OVERFLOW = -5033,    /* no error: the encoding does not fit */
 };
 
@@ -140,6 +141,8 @@ struct mig_pages {
     /* byte offset of each page from base (a whole file, so never 0), MIG_PAGE_ZERO or
      * MIG_PAGE_NONE; NULL: page i is at base + i * page_size */
     const int64_t *where;
+    /* without `where`: bits of the pages that have storage; NULL: all have */
+    const uint64_t *stored;
     uint64_t npages;
     size_t page_size;
 };
@@ -148,6 +151,9 @@ struct mig_pages {
 static inline const uint8_t *mig_page(const struct mig_pages *pages, uint64_t index)
 {
     if (!pages->where) {
+        if (pages->stored && !mig_bitmap_test(pages->stored, index)) {
+            return NULL;
+        }
         return pages->base + index * pages->page_size;
     }
     return pages->where[index] <= 0 ? NULL : pages->base + pages->where[index];
@@ -436,6 +442,9 @@ struct mig_fd {
 /* Reads at least `min` and at most `max` bytes, taking more than min only while no wait is
  * needed. Fewer than min means end of file. */
 int64_t mig_fd_read(const struct mig_fd *f, uint8_t *buf, size_t min, size_t max);
+/* Reads a byte at least, and what more is there without waiting: up to IOV_MAX iovecs. 0 means end
+ * of file. */
+int64_t mig_fd_readv_some(const struct mig_fd *f, struct iovec *iov, size_t niov);
 /* Goes past n bytes of the iovecs, changing the one that they end in. */
 void mig_iov_skip(struct iovec **iov, size_t *niov, size_t n);
 /* Fills all; the iovecs are consumed (changed) while it goes. Fewer bytes mean end of file. */

@@ -21,7 +21,7 @@
 #include "adaptive.h"
 #include "codec.h"
 #include "mig.h"
-#include "pagefile.h"
+#include "mappedlog.h"
 
 enum {
     MIG_MFD_MAGIC = 0x11223344,
@@ -149,7 +149,7 @@ struct mig_mfd_receiver {
     size_t nblocks;
     struct mig_pagelog *log; /* a stream file, or */
     pthread_mutex_t *log_lock;
-    const struct mig_pagefile *file; /* a mapped-ram file; both NULL: memory */
+    const struct mig_mappedlog *file; /* a mapped-ram file; both NULL: memory */
 
     pthread_mutex_t lock;
     pthread_cond_t arrived, released;

@@ -23,7 +23,7 @@ struct lane {
     struct mig_ram_parser burst; /* the packet, as if it were records in `plain` */
     uint64_t *raw;               /* pages of an adaptive packet that are read into memory */
     struct iovec *iov;
-    struct mig_pagefile_writer writer; /* to r->file */
+    struct mig_mappedlog_writer writer; /* to r->file */
 };
 
 int mig_mfd_receiver_open(struct mig_mfd_receiver *r, unsigned nchannels, size_t page_size)
@@ -70,7 +70,7 @@ static int state(const struct mig_mfd_receiver *r)
 static int arrive(struct lane *l)
 {
     struct mig_mfd_receiver *r = l->r;
-    int rc = r->file ? mig_pagefile_flush(&l->writer) : 0;
+    int rc = r->file ? mig_mappedlog_flush(&l->writer) : 0;
 
     if (rc < 0) {
         return rc;
@@ -235,13 +235,13 @@ static int read_to_file(struct lane *l, const struct mig_mfd_block *block)
 {
     const struct mig_mfd_packet *p = &l->packet;
     uint8_t *bytes;
-    int rc = mig_pagefile_room(&l->writer, &bytes);
+    int rc = mig_mappedlog_room(&l->writer, &bytes);
 
     if (rc == 0) {
         rc = read_all(l, bytes, p->normal * l->r->page_size);
     }
     if (rc == 0) {
-        rc = mig_pagefile_write(&l->writer, &l->r->file->blocks[block - l->r->blocks], p->page,
+        rc = mig_mappedlog_write(&l->writer, &l->r->file->blocks[block - l->r->blocks], p->page,
                                 p->normal);
     }
     return rc;
@@ -368,7 +368,7 @@ static int take_pages(struct lane *l)
                              l->plain);
     }
     if (r->file) {
-        return mig_pagefile_put(&l->writer, &l->burst, l->plain);
+        return mig_mappedlog_put(&l->writer, &l->burst, l->plain);
     }
     pthread_mutex_lock(r->log_lock);
     rc = mig_pagelog_put(r->log, &l->burst, block->where, l->plain);
@@ -496,16 +496,16 @@ int mig_mfd_receive_channel(struct mig_mfd_receiver *r, const struct mig_kernels
     int rc = open_lane(&l);
 
     if (rc == 0 && r->file) {
-        rc = mig_pagefile_open(&l.writer, r->file);
+        rc = mig_mappedlog_open(&l.writer, r->file);
     }
     if (rc == 0) {
         rc = work(&l, place);
     }
     if (rc == 0 && r->file) {
-        rc = mig_pagefile_flush(&l.writer);
+        rc = mig_mappedlog_flush(&l.writer);
     }
     if (r->file) {
-        mig_pagefile_close(&l.writer);
+        mig_mappedlog_close(&l.writer);
     }
     close_lane(&l);
     pthread_mutex_lock(&r->lock);

@@ -35,6 +35,7 @@ except ModuleNotFoundError as _error:
 
 from mig import errors, xbzrle
 from mig.analysis import Analysis, analyze
+from mig.conversion import convert
 from mig.dirty import DirtyLog, SharedDirtyLog, WriteTracker
 from mig.engine import (
     Blockers,
@@ -46,9 +47,17 @@ from mig.engine import (
 )
 from mig.errors import MigError
 from mig.guest import DestinationGuest, MemoryGuest, ProcessGuest, SourceGuest, UnpluggingGuest
-from mig.image import MappedCapture, StreamCapture, StreamImage, open_image
+from mig.image import (
+    Image,
+    MappedCapture,
+    MappedImage,
+    StreamCapture,
+    StreamImage,
+    open_image,
+)
 from mig.memory import GuestMemory, RamBlock
 from mig.options import Capability, Parameters
+from mig.savevm import vmstate
 from mig.savevm.registry import DeviceRegistry
 from mig.state import Status
 from mig.zero import is_zero, zero_pages
@@ -67,8 +76,10 @@ __all__ = [
     "DeviceRegistry",
     "DirtyLog",
     "GuestMemory",
+    "Image",
     "IncomingMigration",
     "MappedCapture",
+    "MappedImage",
     "MemoryGuest",
     "MigError",
     "Moment",
@@ -87,10 +98,12 @@ __all__ = [
     "XbzrleCache",
     "__version__",
     "analyze",
+    "convert",
     "errors",
     "is_zero",
     "open_image",
     "restore",
+    "vmstate",
     "xbzrle",
     "zero_pages",
 ]

@@ -22,7 +22,9 @@ from cpython.buffer cimport (
     PyObject_GetBuffer,
 )
 from libc.errno cimport errno
-from libc.stdint cimport SIZE_MAX, UINT64_MAX, int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
+from libc.stdint cimport (
+    INT64_MAX, SIZE_MAX, UINT64_MAX, int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t,
+)
 from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memcpy, memset
 
@@ -74,6 +76,8 @@ cdef int64_t check(int64_t rc) except -1:
         raise IdleTimeoutError("no byte moved for the idle limit: the other side is stuck or gone")
     if rc == MIG_E_NOMEM:
         raise MemoryError
+    if rc == MIG_E_MAPPED_SHORT:
+        raise ChannelError("the file has become shorter while it was read")
     if rc in _RAM_ERRORS:
         raise RamRecordError(_RAM_ERRORS[rc])
     if rc in _XBZRLE_ERRORS:
@@ -90,8 +94,10 @@ include "_core_out.pxi"
 include "_core_ram.pxi"
 include "_core_received.pxi"
 include "_core_analyze.pxi"
-include "_core_pagefile.pxi"
+include "_core_mappedlog.pxi"
+include "_core_mapped.pxi"
 include "_core_fd.pxi"
+include "_core_landing.pxi"
 include "_core_multifd.pxi"
 include "_core_workload.pxi"
 include "_core_track.pxi"

@@ -72,7 +72,7 @@ cdef extern from "multifd.h" nogil:
         size_t nblocks
         mig_pagelog *log
         pthread_mutex_t *log_lock
-        const mig_pagefile *file
+        const mig_mappedlog *file
         uint64_t syncs
         uint64_t *reached
         int64_t *ended
@@ -374,7 +374,7 @@ cdef class MultifdReceiver:
         self.c.log = &log.c
         self.c.log_lock = &log.lock
 
-    def to_file(self, PageFile file not None):
+    def to_file(self, MappedLog file not None):
         """Put all pages into a file of the same blocks."""
         if file.parser is not self.parser:
             raise ValueError("the file has other blocks")

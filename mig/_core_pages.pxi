@@ -31,20 +31,25 @@ cdef page_numbers(index):
 
 
 @cython.final
+@cython.no_gc  # so that the words of stored are there as long as pages
 cdef class Pages:
     """The pages of one RAM block in a pinned buffer.
 
     data: contiguous bytes; without ``where`` whole pages, page i at i * page_size.
     where: int64 per page, the byte offset in ``data`` of each page (never 0), PAGE_ZERO for a
     zero page without storage, PAGE_NONE for one that was never sent.
+    stored: without ``where``, a bit for each page that has storage; the others are zero, whatever
+    ``data`` holds there.
     """
     cdef mig_pages c
     cdef Py_buffer data
     cdef Py_buffer places
     cdef readonly bint writable
     cdef Py_ssize_t pins
+    cdef Bitmap stored
 
-    def __cinit__(self, data, size_t page_size, *, where=None, bint writable=False):
+    def __cinit__(self, data, size_t page_size, *, where=None, Bitmap stored=None,
+                  bint writable=False):
         if page_size < 64 or page_size & (page_size - 1):
             raise ValueError(f"page size {page_size} is not a power of two of at least 64")
         PyObject_GetBuffer(data, &self.data, PyBUF_CONTIG if writable else PyBUF_CONTIG_RO)
@@ -56,6 +61,13 @@ cdef class Pages:
                 raise ValueError(f"{self.data.len} bytes are not a whole number of pages of"
                                  f" {page_size}")
             self.c.npages = <uint64_t>self.data.len // page_size
+            if stored is not None:
+                if stored.nbits != self.c.npages or writable:
+                    raise ValueError("stored has a bit for each page, which are only read")
+                self.stored = stored
+                self.c.stored = stored.words
+        elif stored is not None:
+            raise ValueError("either where or stored")
         else:
             PyObject_GetBuffer(where, &self.places, PyBUF_CONTIG_RO)
             if self.places.itemsize != sizeof(int64_t):
@@ -83,8 +95,13 @@ cdef class Pages:
         self.c.npages = 0
         self.c.base = NULL
         self.c.where = NULL
+        self.c.stored = NULL
         PyBuffer_Release(&self.places)
         PyBuffer_Release(&self.data)
+
+    cdef bint is_table(self) noexcept:
+        """Whether they are those of a file, of which not every page has storage."""
+        return self.c.where != NULL or self.c.stored != NULL
 
     cdef int check_places(self) except -1:
         cdef uint64_t i
@@ -121,7 +138,7 @@ cdef class Pages:
         for i in range(<size_t>index.shape[0]):
             if index[i] >= self.c.npages:
                 raise IndexError(f"page {index[i]} of {self.c.npages}")
-            n += self.c.where == NULL or self.c.where[index[i]] > 0
+            n += mig_page(&self.c, index[i]) != NULL
         return n
 
     def without_storage(self, const uint64_t[::1] index not None):

@@ -70,7 +70,7 @@ def xbzrle_encode_pages(Pages old not None, Pages new not None, uint8_t[::1] out
     cdef int64_t length
     check_xbzrle_page(page_size)
     if (new.c.page_size != page_size or new.c.npages != n or <size_t>lengths.shape[0] < n
-            or old.c.where != NULL or new.c.where != NULL):
+            or old.is_table() or new.is_table()):
         raise ValueError("the pages, or the lengths, do not fit each other")
     if n == 0 or room < page_size:
         return 0, 0
@@ -106,7 +106,7 @@ def xbzrle_decode_pages(const uint8_t[::1] encodings not None,
     cdef int32_t length
     cdef int64_t rc = 0
     check_xbzrle_page(page_size)
-    if pages.c.where != NULL or not pages.writable or pages.c.npages < n:
+    if pages.is_table() or not pages.writable or pages.c.npages < n:
         raise ValueError("the pages do not fit the lengths")
     pages.pins += 1
     with nogil:
@@ -306,7 +306,7 @@ cdef class XbzrleCache:
     cdef int check_source(self, Pages found, const uint64_t[::1] index,
                           uint64_t address) except -1:
         self.check_numbers(found, index, address)
-        if found.c.where != NULL:
+        if found.is_table():
             raise ValueError("pages of a file do not change")
         return 0
 
@@ -349,7 +349,7 @@ cdef class XbzrleCache:
         cdef Pages source = self.check_pages(pages, numbers, address)
         cdef size_t n = <size_t>numbers.shape[0], used = 0, done, i
         cdef int32_t[::1] results
-        if source.c.where != NULL:
+        if source.is_table():
             raise ValueError("pages of a file do not change")
         if <size_t>out.shape[0] < self.c.page_size:
             raise ValueError(f"out has {out.shape[0]} bytes: a page's are needed at least")

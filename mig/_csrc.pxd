@@ -36,6 +36,7 @@ cdef extern from "mig.h" nogil:
         MIG_E_XBZRLE_TRUNCATED
         MIG_E_XBZRLE_LENGTH
         MIG_E_XBZRLE_PAST_PAGE
+        MIG_E_MAPPED_SHORT
         MIG_XBZRLE_OVERFLOW
 
     enum mig_bitop:
@@ -89,6 +90,7 @@ cdef extern from "mig.h" nogil:
     struct mig_pages:
         uint8_t *base
         const int64_t *where
+        const uint64_t *stored
         uint64_t npages
         size_t page_size
 

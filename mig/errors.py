@@ -11,6 +11,7 @@
      │    └── KvmUnavailableError  this machine's KVM cannot run the KVM guest
      ├── XbzrleError            bytes that are no XBZRLE encoding of their page
      ├── BlockedError           the guest cannot be migrated now
+     ├── DeviceStateError       a device's state is not what its description says; knows the field
      ├── DirtyLogError          writes to the guest's memory cannot be logged
      ├── ChannelError           the connection, file or command failed
      │    ├── IdleTimeoutError  no byte moved for the idle limit
@@ -84,6 +85,18 @@ class PeerError(ChannelError):
 
 class BlockedError(MigError):
     """The guest cannot be migrated now, or a reason against it comes too late."""
+
+
+class DeviceStateError(MigError):
+    """The state of a device here cannot be saved: it is not what its description says.
+
+    field: which part of it, after the device's name: ``uart.fifo[3]``
+    """
+
+    def __init__(self, message: str, *, field: str) -> None:
+        super().__init__(f"{field}: {message}")
+        self.message = message
+        self.field = field
 
 
 class CancelledError(MigError):

@@ -44,6 +44,14 @@ class MappedRamHeader:
         alignment = wire.MAPPED_RAM_ALIGNMENT
         return cls(page_size, bitmap_offset, -(-end // alignment) * alignment)
 
+    @property
+    def is_left_out(self) -> bool:
+        """Whether the file has nothing of the block, as its memory is shared (x-ignore-shared).
+
+        Newer QEMUs than 10.0 say so with two offsets of 0; the stream goes on behind the header.
+        """
+        return not (self.bitmap_offset or self.pages_offset)
+
     @staticmethod
     def bitmap_nbytes(npages: int) -> int:
         """Return the bytes of the bitmap of a block of so many pages."""
@@ -108,7 +116,9 @@ class Regions:
         # what is before the stream belongs to somebody else
         self._from = 0
 
-    def read(self, idstr: str, used_length: int, page_size: int) -> MappedRamHeader:
+    def read(
+        self, idstr: str, used_length: int, page_size: int, *, may_be_left_out: bool
+    ) -> MappedRamHeader:
         """Read the header of a block and go on behind its pages."""
         reader, file = self._reader, self._file
         at = reader.offset
@@ -118,6 +128,8 @@ class Regions:
             raise type(error)(
                 error.message, offset=error.offset, section=error.section, block=idstr
             ) from None
+        if may_be_left_out and header.is_left_out:
+            return header
         stream = file.start + reader.offset
         bitmap, pages = header.regions(used_length)
         self._take(self._from, stream, "the stream", idstr, at)

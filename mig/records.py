@@ -458,7 +458,9 @@ class BlockList:
                     offset=at,
                 )
             if regions is not None:
-                header = regions.read(block.idstr, block.used_length, page_size)
+                header = regions.read(
+                    block.idstr, block.used_length, page_size, may_be_left_out=addresses
+                )
                 block = replace(block, mapped=header)
             blocks[block.idstr] = block
             left -= block.used_length

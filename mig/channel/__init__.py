@@ -2,7 +2,12 @@
 
 from mig.channel.base import Channel
 from mig.channel.open import Listener, connect
-from mig.channel.uri import carries_return_path, parse_uri, require_many_connections
+from mig.channel.uri import (
+    carries_return_path,
+    parse_uri,
+    require_many_connections,
+    require_seekable,
+)
 
 __all__ = [
     "Channel",
@@ -11,4 +16,5 @@ __all__ = [
     "connect",
     "parse_uri",
     "require_many_connections",
+    "require_seekable",
 ]

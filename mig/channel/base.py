@@ -13,7 +13,7 @@ import subprocess
 from collections.abc import Callable
 from typing import Self
 
-from mig._core import Descriptor, OutQueue
+from mig._core import Descriptor, OutQueue, PageFile
 from mig.errors import CancelledError, ChannelError, IdleTimeoutError
 
 #: how long a peer that is to be told of a failure may keep us waiting (seconds)
@@ -46,6 +46,7 @@ class Channel:
         self.name = name
         self.bidirectional = _is_socket(fd)
         self._fd = fd
+        self._direct_fd = -1
         self._process = process
         self._cancelled = False
         self._was_blocking = False
@@ -97,6 +98,48 @@ class Channel:
         """What it writes to; for who writes by turns with others, and lets go before close()."""
         return self._out
 
+    # ---- regular files ----------------------------------------------------------------------
+
+    @property
+    def position(self) -> int:
+        """Offset of the file that is read or written next; ChannelError when there is none."""
+        return self._seek(0)
+
+    @property
+    def nbytes(self) -> int:
+        """Length of the file."""
+        return os.fstat(self._fd).st_size
+
+    def skip(self, nbytes: int) -> None:
+        """Go forward without reading or writing; what is written behind leaves a hole."""
+        self._seek(nbytes)
+
+    def _seek(self, nbytes: int) -> int:
+        try:
+            return os.lseek(self._fd, nbytes, os.SEEK_CUR)
+        except OSError as error:
+            raise ChannelError(f"{self.name}: {error.strerror}") from error
+
+    def page_file(self, *, nthreads: int = 1, direct_io: bool = False) -> PageFile:
+        """Return what reads or writes pages at fixed places of the file, until close().
+
+        direct_io: around the page cache where the file system can
+        """
+        if direct_io and self._direct_fd < 0:
+            mode = fcntl.fcntl(self._fd, fcntl.F_GETFL) & os.O_ACCMODE
+            # not every file system can
+            with contextlib.suppress(OSError):
+                flags = mode | os.O_DIRECT | os.O_CLOEXEC
+                self._direct_fd = os.open(f"/proc/self/fd/{self._fd}", flags)
+        direct_fd = self._direct_fd if direct_io else -1
+        return PageFile(self._fd, direct_fd=direct_fd, nthreads=nthreads)
+
+    # ---- ends -------------------------------------------------------------------------------
+
+    def check_cancelled(self) -> None:
+        """CancelledError after cancel(), for who works on the file beside the channel."""
+        self._check_cancelled()
+
     def _check_cancelled(self) -> None:
         # a peer that never lets us wait would never let us see the cancel descriptor
         if self._cancelled:
@@ -147,6 +190,9 @@ class Channel:
             raise IdleTimeoutError(f"command does not end: {self.name}")
 
     def _close_fd(self) -> None:
+        if self._direct_fd >= 0:
+            os.close(self._direct_fd)
+            self._direct_fd = -1
         if self._fd >= 0:
             if self._was_blocking:
                 with contextlib.suppress(OSError):

@@ -77,6 +77,12 @@ def carries_return_path(uri: Uri) -> bool:
     return isinstance(uri, TcpUri | UnixUri)
 
 
+def require_seekable(text: str) -> None:
+    """OptionError unless ``text`` is a file in which pages can have places (UriError: no URI)."""
+    if not isinstance(parse_uri(text), FileUri):
+        raise OptionError("Migration requires seekable transport (e.g. file)")
+
+
 def require_many_connections(text: str) -> None:
     """OptionError unless more than one connection can be made to ``text`` (UriError: no URI)."""
     if not isinstance(parse_uri(text), TcpUri | UnixUri):

@@ -7,6 +7,7 @@ import click
 import mig
 from mig.cli.analyze import analyze
 from mig.cli.check import check
+from mig.cli.convert import convert
 from mig.cli.demo import demo
 from mig.cli.diff import diff
 from mig.cli.info import info
@@ -26,5 +27,5 @@ def main() -> None:
     """
 
 
-for _command in (demo, receive, send, info, analyze, diff, check, selftest):
+for _command in (demo, receive, send, info, analyze, diff, check, convert, selftest):
     main.add_command(_command)

@@ -11,7 +11,9 @@ from rich.table import Table
 from mig import _core
 from mig.cli.common import json_option, print_json, reports_errors, sized
 from mig.errors import KernelError
-from mig.image import StreamImage, open_image
+from mig.image import Image, open_image
+
+_FORMATS = {"stream": "migration stream", "mapped-ram": "mapped-ram file"}
 
 
 @click.command()
@@ -22,8 +24,8 @@ from mig.image import StreamImage, open_image
 def info(file: str | None, kernels: bool, as_json: bool) -> None:
     """Show what is in FILE: machine, RAM blocks, pages, zero share, devices.
 
-    FILE was written by `mig receive` or by QEMU itself (migrate to exec: or file:); it may be
-    given as file:PATH,offset=N.
+    FILE was written by `mig receive` or by QEMU itself (migrate to exec: or file:, also with
+    mapped-ram); it may be given as file:PATH,offset=N.
     """
     if kernels == (file is not None):
         raise click.UsageError("give FILE, or --kernels")
@@ -53,11 +55,11 @@ def _show_kernels(as_json: bool) -> None:
         click.echo(f"{name}: {state}{used}")
 
 
-def _as_dict(file: str, image: StreamImage) -> dict[str, Any]:
+def _as_dict(file: str, image: Image) -> dict[str, Any]:
     devices = image.devices
     return {
         "file": file,
-        "format": "stream",
+        "format": image.format,
         "nbytes": image.nbytes,
         "machine": image.machine,
         "page-size": image.page_size,
@@ -90,7 +92,7 @@ def _as_dict(file: str, image: StreamImage) -> dict[str, Any]:
     }
 
 
-def _show(image: StreamImage) -> None:
+def _show(image: Image) -> None:
     # a pipe gets whole lines, however long
     # and names from the stream are text, not markup
     console = Console(soft_wrap=True, highlight=False, markup=False, emoji=False)
@@ -99,7 +101,7 @@ def _show(image: StreamImage) -> None:
     ignored = [b for b in blocks if b.ignored]
     pages = sum(b.data + b.zero + b.missing for b in blocks)
     zero = sum(b.zero for b in blocks)
-    console.print(f"format   migration stream, {sized(image.nbytes)}")
+    console.print(f"format   {_FORMATS.get(image.format, image.format)}, {sized(image.nbytes)}")
     console.print(f"machine  {image.machine or 'not named in the stream'}")
     console.print(
         f"memory   {sized(total)} in {len(blocks)} blocks, {pages} pages of {image.page_size} "
@@ -123,7 +125,7 @@ def _show(image: StreamImage) -> None:
     _show_devices(console, image)
 
 
-def _show_devices(console: Console, image: StreamImage) -> None:
+def _show_devices(console: Console, image: Image) -> None:
     devices = image.devices
     if devices is None:
         size = sized(len(image.device_state.raw))

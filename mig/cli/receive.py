@@ -21,7 +21,7 @@ from mig.engine import IncomingMigration
 from mig.errors import MigError
 from mig.events import Event, Listening, StatusChanged
 from mig.image import MappedCapture, StreamCapture
-from mig.options import Parameters
+from mig.options import Capability, Parameters
 from mig.state import Status
 
 _FORMATS = {"mapped-ram": MappedCapture, "stream": StreamCapture}
@@ -34,9 +34,7 @@ _FORMATS = {"mapped-ram": MappedCapture, "stream": StreamCapture}
     "--format",
     "format_",
     type=click.Choice(sorted(_FORMATS)),
-    default="stream",
-    show_default=True,
-    help="What FILE is to be.",
+    help="What FILE is to be: mapped-ram, or with x-ignore-shared a stream.",
 )
 @click.option("--fsync", is_flag=True, help="Have FILE on stable storage before saying so.")
 @capability_option
@@ -46,7 +44,7 @@ _FORMATS = {"mapped-ram": MappedCapture, "stream": StreamCapture}
 def receive(
     uri: str,
     file: str,
-    format_: str,
+    format_: str | None,
     fsync: bool,
     capabilities: tuple[str, ...],
     parameters: tuple[str, ...],
@@ -71,7 +69,10 @@ def receive(
     chosen_capabilities = parse_capabilities(capabilities)
     chosen_parameters = parse_parameters(parameters)
     direct_io = Parameters.from_qmp(chosen_parameters).direct_io
-    capture = _FORMATS[format_](file, fsync=fsync, direct_io=direct_io)
+    shared = chosen_capabilities.get(Capability.X_IGNORE_SHARED, False)
+    capture = _FORMATS[format_ or ("stream" if shared else "mapped-ram")](
+        file, fsync=fsync, direct_io=direct_io
+    )
     try:
         migration = IncomingMigration(
             capture,

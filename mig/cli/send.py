@@ -58,8 +58,10 @@ def send(
 ) -> None:
     """Be the source of a migration; send the VM in FILE.
 
-    FILE was written by `mig receive` or by QEMU itself (migrate to exec: or file:); it may be
-    given as file:PATH,offset=N.
+    FILE was written by `mig receive` or by QEMU itself (migrate to exec: or file:, also with
+    mapped-ram); it may be given as file:PATH,offset=N.
+
+    With -c mapped-ram URI is a file (file:PATH[,offset=N]) that is written in that format.
 
     Capability return-path is on where the connection allows it: then success means that the
     destination has loaded everything. Capability x-ignore-shared is on for a FILE that was

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from mig.channel import Channel
+from mig.engine.mapped import page_threads
 from mig.engine.outlanes import OutgoingLanes
 from mig.multifd.dialect import dialect_of
 from mig.multifd.encode import MultifdEncoder
@@ -11,6 +13,7 @@ from mig.options import Capability, MultiFDCompression, Parameters, ZeroPageDete
 from mig.ram.compress import CompressEncoder
 from mig.ram.delta import DeltaEncoder
 from mig.ram.encode import PageEncoder, PlainEncoder, RecordWriter, ZeroFinder
+from mig.ram.mapped import MappedEncoder
 from mig.ram.search import PageSearch
 from mig.stats import RamCounters
 from mig.stream.writer import StreamWriter
@@ -44,11 +47,14 @@ class Encoding:
         self._last_stage = last_stage
         self._delta: DeltaEncoder | None = None
 
-    def _records(self, writer: StreamWriter) -> tuple[RecordWriter, ZeroFinder]:
+    def _zeros(self) -> ZeroFinder:
         def detects() -> bool:
             return self._parameters().zero_page_detection != ZeroPageDetection.NONE
 
-        return RecordWriter(writer), ZeroFinder(detects)
+        return ZeroFinder(detects)
+
+    def _records(self, writer: StreamWriter) -> tuple[RecordWriter, ZeroFinder]:
+        return RecordWriter(writer), self._zeros()
 
     def plain(self, writer: StreamWriter) -> PageEncoder:
         """Whole pages, on the main stream."""
@@ -86,6 +92,19 @@ class Encoding:
         """OptionError when a change to these parameters is not possible any more."""
         if self._delta is not None:
             self._delta.check_size(parameters.xbzrle_cache_size)
+
+    def mapped(self, channel: Channel) -> PageEncoder:
+        """Whole pages, each in its place of the file (capability mapped-ram).
+
+        With multifd as many threads write as there are channels.
+        """
+        parameters, listed = self._parameters(), self._search.listed
+        pages = channel.page_file(
+            nthreads=page_threads(self._capabilities, parameters),
+            direct_io=parameters.direct_io,
+        )
+        page_size = listed[0].pages.page_size if listed else 1 << DEFAULT_PAGE_BITS
+        return MappedEncoder(channel, pages, self._zeros(), self._counters, page_size)
 
     def multifd(
         self, writer: StreamWriter, lanes: OutgoingLanes, machine: str | None

@@ -15,6 +15,7 @@ from mig.channel.uri import TcpUri, UnixUri
 from mig.engine.accept import Connections
 from mig.engine.inlanes import IncomingLanes
 from mig.engine.inpostcopy import IncomingPostcopy
+from mig.engine.mapped import IncomingMapped, page_threads, require_mapped
 from mig.engine.migration import Migration
 from mig.engine.urgent import UrgentChannel
 from mig.errors import (
@@ -26,7 +27,7 @@ from mig.errors import (
     UnsupportedError,
 )
 from mig.events import Event, Listening
-from mig.guest import DestinationGuest, LaneTarget, PostcopyTarget
+from mig.guest import DestinationGuest, LaneTarget, MappedTarget, PostcopyTarget
 from mig.options import INCOMING_CAPABILITIES, Capability, MultiFDCompression, Options
 from mig.postcopy.load import PostcopyLoader
 from mig.records import Command, ReturnMessage
@@ -96,6 +97,7 @@ class IncomingMigration(Migration):
         self._extra: Channel | None = None
         self._connections: Connections | None = None
         self._lanes: IncomingLanes | None = None
+        self._mapped: IncomingMapped | None = None
         self._done_watching = False
         self._committed = False
         self._requests = _core.PageRequests()
@@ -112,7 +114,13 @@ class IncomingMigration(Migration):
         Returns at once; `uri` then tells the address, with the port that was chosen for port 0.
         """
         self._require_status(Status.NONE, Input.START)
-        if Capability.MULTIFD in self.capabilities:
+        if Capability.MAPPED_RAM in self.capabilities:
+            require_mapped(uri, self.capabilities)
+            if not isinstance(self._guest, MappedTarget):
+                raise OptionError(
+                    "Mapped-ram is not supported by this guest (it has no mapped_blocks)"
+                )
+        elif Capability.MULTIFD in self.capabilities:
             require_many_connections(uri)
             if not isinstance(self._guest, LaneTarget):
                 raise OptionError("Multifd is not supported by this guest (it is no LaneTarget)")
@@ -160,11 +168,17 @@ class IncomingMigration(Migration):
     def _accept(self) -> StreamReader:
         assert self._listener is not None
         self._emit(Listening(self._listener.uri))
-        if Capability.MULTIFD in self.capabilities:
+        # a file with mapped-ram has no channels: there multifd is several threads that read it
+        if self.capabilities & {Capability.MULTIFD, Capability.MAPPED_RAM} == {Capability.MULTIFD}:
             channel, reader = self._accept_all(self._listener)
         else:
             channel = self._listener.accept(self._cancel, self.parameters.timeout)
-            reader = StreamReader(channel)
+            if Capability.MAPPED_RAM in self.capabilities:
+                self._mapped = self._open_mapped(channel)
+                # what is read ahead is mostly pages, which are read again to where they belong
+                reader = StreamReader(channel, buffer_size=1 << 14)
+            else:
+                reader = StreamReader(channel)
             if Capability.POSTCOPY_PREEMPT in self.capabilities:
                 self._urgent = UrgentChannel(self._listener, self._urgent_ended)
             else:
@@ -196,6 +210,15 @@ class IncomingMigration(Migration):
             self._connections = connections
         return connections.main(self._cancel)
 
+    def _open_mapped(self, channel: Channel) -> IncomingMapped:
+        assert isinstance(self._guest, MappedTarget)
+        return IncomingMapped(
+            self._guest,
+            channel,
+            nthreads=page_threads(self.capabilities, self.parameters),
+            direct_io=self.parameters.direct_io,
+        )
+
     def _lane_failed(self, error: MigError) -> None:
         self._fail(error)
         self._interrupt()
@@ -217,6 +240,7 @@ class IncomingMigration(Migration):
             "page_size": self._page_size,
             "decompress_threads": self.parameters.decompress_threads,
             "lanes": self._lanes,
+            "mapped": self._mapped,
             "capabilities": self.capabilities,
         }
 
@@ -462,8 +486,9 @@ class IncomingMigration(Migration):
         counters, reader = self._counters, self._reader
         normal, zero = self._lanes.npages if self._lanes else (0, 0)
         beside = self._lanes.nbytes if self._lanes else 0
+        mapped = self._mapped.nbytes if self._mapped else 0
         return RamStats(
-            transferred=beside + self._before + (reader.offset if reader else 0),
+            transferred=beside + mapped + self._before + (reader.nread if reader else 0),
             remaining=None,
             total=counters.total,
             duplicate=counters.fill + zero,

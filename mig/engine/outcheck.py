@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from mig.channel import carries_return_path, parse_uri, require_many_connections
 from mig.engine.encoding import adapts
+from mig.engine.mapped import require_mapped
 from mig.errors import OptionError
-from mig.guest import SourceGuest
+from mig.guest import BlockingGuest, SourceGuest
 from mig.options import Capability, Parameters
 
 
@@ -14,11 +15,18 @@ def uses_return_path(capabilities: frozenset[Capability]) -> bool:
     return bool({Capability.RETURN_PATH, Capability.POSTCOPY_RAM} & capabilities)
 
 
+def reasons_of(guest: SourceGuest) -> tuple[str, ...]:
+    """Return what the guest itself says against its migration."""
+    return tuple(guest.blocked_reasons) if isinstance(guest, BlockingGuest) else ()
+
+
 def check_outgoing(
     uri: str, capabilities: frozenset[Capability], parameters: Parameters, guest: SourceGuest
 ) -> None:
     """OptionError when the URI or the guest cannot do what a capability needs."""
-    if Capability.MULTIFD in capabilities:
+    if Capability.MAPPED_RAM in capabilities:
+        require_mapped(uri, capabilities)
+    elif Capability.MULTIFD in capabilities:
         require_many_connections(uri)
         if adapts(parameters) and not uses_return_path(capabilities):
             raise OptionError("multifd-compression adaptive needs capability 'return-path'")

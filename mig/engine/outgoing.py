@@ -18,7 +18,7 @@ from mig.engine.blockers import Blockers, Moment, Notifier
 from mig.engine.convergence import Convergence, ConvergencePolicy, Period, PolicyMaker
 from mig.engine.dirtylimit import DirtyLimit
 from mig.engine.encoding import Encoding, adapts
-from mig.engine.outcheck import check_outgoing, uses_return_path
+from mig.engine.outcheck import check_outgoing, reasons_of, uses_return_path
 from mig.engine.outlanes import OutgoingLanes, open_lanes
 from mig.engine.postcopysource import PostcopySource
 from mig.engine.precopy import Precopy
@@ -27,6 +27,7 @@ from mig.engine.requests import PageRequests
 from mig.engine.returnpath import ReturnPath
 from mig.engine.unplug import Unplugging
 from mig.errors import (
+    BlockedError,
     CancelledError,
     ChannelError,
     IdleTimeoutError,
@@ -34,8 +35,9 @@ from mig.errors import (
     OptionError,
 )
 from mig.events import Event, PassStarted
-from mig.guest import SourceGuest, UnpluggingGuest
+from mig.guest import EarlyGuest, SourceGuest, UnpluggingGuest
 from mig.options import (
+    AGREED,
     OUTGOING_CAPABILITIES,
     Capability,
     MigMode,
@@ -126,6 +128,8 @@ class OutgoingMigration(PostcopySource):
         if resume and Capability.POSTCOPY_RAM not in self.capabilities:
             raise OptionError("a migration that is resumed needs capability 'postcopy-ram'")
         self._require_status(Status.NONE, Input.START)
+        if not resume and (reasons := reasons_of(self._guest)):
+            raise BlockedError("; ".join(reasons))
         if Capability.DIRTY_LIMIT in self.capabilities:
             self._dirty_limit = DirtyLimit.of(
                 self._guest, lambda: self.parameters, self._peer_failed
@@ -156,9 +160,8 @@ class OutgoingMigration(PostcopySource):
 
     def query(self) -> MigrationInfo:
         """Return a snapshot of status and statistics."""
-        info = replace(
-            super().query(), blocked_reasons=self._blockers.reasons_for(self.parameters.mode)
-        )
+        reasons = self._blockers.reasons_for(self.parameters.mode) + reasons_of(self._guest)
+        info = replace(super().query(), blocked_reasons=reasons)
         if self._dirty_limit is not None:
             info = self._dirty_limit.report(info)
         if self.status == Status.POSTCOPY_PAUSED and self._break is not None:
@@ -203,7 +206,7 @@ class OutgoingMigration(PostcopySource):
         self._notify(Moment.SETUP)
         search, encoding = self._prepare_search()
         self._send_start(channel, writer)
-        encoder = self._choose_encoder(writer, search, encoding)
+        encoder = self._choose_encoder(channel, writer, search, encoding)
         saver = self._saver = self._make_saver(writer, encoder)
         saver.start()
         self._become_active()
@@ -253,8 +256,10 @@ class OutgoingMigration(PostcopySource):
         return saver
 
     def _choose_encoder(
-        self, writer: StreamWriter, search: PageSearch, encoding: Encoding
+        self, channel: Channel, writer: StreamWriter, search: PageSearch, encoding: Encoding
     ) -> PageEncoder:
+        if Capability.MAPPED_RAM in self.capabilities:
+            return encoding.mapped(channel)
         if Capability.MULTIFD not in self.capabilities or not search.listed:
             return encoding.main_stream(writer)
         if adapts(self.parameters):
@@ -340,14 +345,16 @@ class OutgoingMigration(PostcopySource):
         if configuration is not None:
             if Capability.VALIDATE_UUID not in self.capabilities:
                 configuration = replace(configuration, uuid=None)
-            agreed = (str(Capability.X_IGNORE_SHARED),) if self._ignores_shared else None
-            writer.put(replace(configuration, capabilities=agreed).encode())
+            agreed = tuple(str(name) for name in AGREED if name in self.capabilities)
+            writer.put(replace(configuration, capabilities=agreed or None).encode())
         if uses_return_path(self.capabilities):
             self._open_return_path(channel)
             writer.put(Command(CommandType.OPEN_RETURN_PATH).encode())
             writer.put(Command.ping(PING_SETUP).encode())
         if Capability.POSTCOPY_RAM in self.capabilities and self._search is not None:
             writer.put(advise(self._search))
+        if isinstance(self._guest, EarlyGuest):
+            writer.put(self._guest.save_early_devices())
         # a destination looks at this before it looks at channels that connect
         writer.flush()
 
@@ -541,7 +548,7 @@ class OutgoingMigration(PostcopySource):
             downtime_bytes=standing - running,
             postcopy_bytes=transferred - standing,
             postcopy_requests=self._requests.total if self._requests is not None else 0,
-            multifd_bytes=beside,
+            multifd_bytes=beside if Capability.MULTIFD in self.capabilities else 0,
             dirty_sync_missed_zero_copy=self._lanes.copied if self._lanes else 0,
         )
         if precopy is None:

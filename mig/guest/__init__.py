@@ -1,8 +1,11 @@
 """What a migration needs from a guest, and guests: a program's own, and threads that write."""
 
 from mig.guest.base import (
+    BlockingGuest,
     DestinationGuest,
+    EarlyGuest,
     LaneTarget,
+    MappedTarget,
     PerVcpuGuest,
     PostcopyTarget,
     SourceGuest,
@@ -14,12 +17,15 @@ from mig.guest.memory import MemoryGuest
 from mig.guest.process import CorruptPage, GuestCounters, GuestReport, ProcessGuest
 
 __all__ = [
+    "BlockingGuest",
     "CorruptPage",
     "DestinationGuest",
+    "EarlyGuest",
     "GuestCounters",
     "GuestReport",
     "KvmGuest",
     "LaneTarget",
+    "MappedTarget",
     "MemoryGuest",
     "PerVcpuGuest",
     "PostcopyTarget",

@@ -110,6 +110,23 @@ class UnpluggingGuest(Protocol):
         """
 
 
+@runtime_checkable
+class EarlyGuest(Protocol):
+    """What a SourceGuest also has if devices of it go before memory (early setup)."""
+
+    def save_early_devices(self) -> bytes:
+        """Return their sections, footers and all; it may run. save_devices() leaves them out."""
+
+
+@runtime_checkable
+class BlockingGuest(Protocol):
+    """What a SourceGuest also has if it can have devices that cannot migrate."""
+
+    @property
+    def blocked_reasons(self) -> Sequence[str]:
+        """What stands against its migration, in words. Any thread."""
+
+
 class DestinationGuest(LoadTarget, Protocol):
     """A guest that can be received. All methods are called by the migration's own thread.
 
@@ -179,4 +196,14 @@ class LaneTarget(Protocol):
         that are not to be sent, `refuse`. Follows open_blocks().
 
         section_id: of `ram`
+        """
+
+
+@runtime_checkable
+class MappedTarget(Protocol):
+    """What a DestinationGuest needs besides for capability mapped-ram."""
+
+    def mapped_blocks(self) -> Sequence[tuple[_core.Pages, bool]]:
+        """Return where the pages of each block go, in the order of the block list, and whether
+        all of them are zero as yet. Follows open_blocks(), once.
         """

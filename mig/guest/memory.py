@@ -14,9 +14,10 @@ from mig.postcopy.commands import Advise
 from mig.postcopy.faults import MemoryFaults
 from mig.postcopy.times import PostcopyTimes
 from mig.ram.search import SourceBlock
-from mig.records import BlockInfo, Configuration
+from mig.records import BlockInfo, Configuration, SectionHeader
 from mig.savevm.devices import DeviceState
 from mig.savevm.registry import DeviceRegistry
+from mig.stream.reader import StreamReader
 from mig.wire import DEFAULT_PAGE_BITS
 
 _RAM_SECTION = 1
@@ -79,6 +80,7 @@ class MemoryGuest:
 
     def source_blocks(self) -> Sequence[SourceBlock]:
         """Return every block with all its pages dirty."""
+        self.devices.begin()
         blocks = []
         for block in self.memory:
             dirty = _core.Bitmap(block.pages.npages, fill=True)
@@ -119,6 +121,15 @@ class MemoryGuest:
         """Have the owner let them run."""
         self._on_resume()
         self._running = True
+
+    @property
+    def blocked_reasons(self) -> Sequence[str]:
+        """What stands against its migration: devices that are unmigratable."""
+        return self.devices.blocked_reasons
+
+    def save_early_devices(self) -> bytes:
+        """Return the sections of the registered devices that go before memory."""
+        return self.devices.save_early(_RAM_SECTION + 1)
 
     def save_devices(self) -> bytes:
         """Return the registered devices' sections, EOF and description."""
@@ -205,6 +216,15 @@ class MemoryGuest:
             pages, received, fresh = self._loading[parser.current]
             parser.place(data, start, pages, received, fresh)
 
+    def land(
+        self, parser: _core.RamParser, fd: _core.Descriptor, data: bytearray, held: int
+    ) -> tuple[int, int, bool] | None:
+        """Read pages straight into memory that nobody has written yet."""
+        pages, received, fresh = self._loading[parser.current]
+        if not fresh or self._faults is not None or parser.current in self._ignored:
+            return None
+        return _core.land_in_memory(fd, parser, pages, received, data, held)
+
     def open_lanes(
         self, receiver: _core.MultifdReceiver, parser: _core.RamParser, section_id: int
     ) -> None:
@@ -215,11 +235,19 @@ class MemoryGuest:
             else:
                 receiver.to_memory(number, pages, received, fresh)
 
+    def mapped_blocks(self) -> Sequence[tuple[_core.Pages, bool]]:
+        """Have a file's pages read straight into memory."""
+        return [(pages, fresh) for pages, _, fresh in self._loading]
+
     def ram_started(self, section_id: int, footers: bool) -> None:
         """Nothing to note."""
 
     def switchover_started(self) -> None:
         """Nothing to note."""
+
+    def load_early_device(self, header: SectionHeader, reader: StreamReader) -> None:
+        """Give a section that comes before memory to its device."""
+        self.devices.load_early(header, reader)
 
     def load_devices(self, state: DeviceState) -> None:
         """Give the sections to the registered devices."""

@@ -1,7 +1,19 @@
 """Captured VMs: files that hold a whole stream."""
 
+from mig.image.base import BlockPages, BlockSummary, Image
+from mig.image.mapped import MappedImage
 from mig.image.mappedcapture import MappedCapture
-from mig.image.stream import StreamImage, open_image
+from mig.image.open import open_image
+from mig.image.stream import StreamImage
 from mig.image.streamcapture import StreamCapture
 
-__all__ = ["MappedCapture", "StreamCapture", "StreamImage", "open_image"]
+__all__ = [
+    "BlockPages",
+    "BlockSummary",
+    "Image",
+    "MappedCapture",
+    "MappedImage",
+    "StreamCapture",
+    "StreamImage",
+    "open_image",
+]

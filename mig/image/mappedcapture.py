@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
 
 from mig import _core
+from mig.errors import MismatchError
 from mig.image.capture import EOS, Capture
 from mig.options import Capability
 from mig.records import (
+    BlockInfo,
     BlockList,
     Configuration,
     FileHeader,
@@ -29,8 +32,21 @@ class MappedCapture(Capture):
     itself, and with direct_io from where the network left the bytes.
     """
 
-    _pages: _core.PageFile | None = None
+    _pages: _core.MappedLog | None = None
     _laid_out = BlockList()
+
+    def open_blocks(self, blocks: Sequence[BlockInfo], page_size: int) -> None:
+        """Keep the block list; MismatchError for one that leaves memory out (x-ignore-shared).
+
+        QEMU 10.0 has no way to say so in such a file.
+        """
+        shared = next((block for block in blocks if block.address is not None), None)
+        if shared is not None:
+            raise MismatchError(
+                "a mapped-ram file cannot leave memory out (x-ignore-shared): keep a stream",
+                block=shared.idstr,
+            )
+        super().open_blocks(blocks, page_size)
 
     @property
     def _has_pages(self) -> bool:
@@ -55,13 +71,23 @@ class MappedCapture(Capture):
         os.ftruncate(self._file.fd, end)
         # the kernel takes whole blocks, aligned ones
         direct_fd = self._direct_fd if self._page_size % _DIRECT_BLOCK == 0 else -1
-        self._pages = _core.PageFile(self._file.fd, parser, places, direct_fd=direct_fd)
+        self._pages = _core.MappedLog(self._file.fd, parser, places, direct_fd=direct_fd)
 
     def _put(
         self, parser: _core.RamParser, data: bytes | bytearray | memoryview, start: int
     ) -> None:
         assert self._pages is not None
         self._pages.put(data, start, parser)
+
+    def land(
+        self, parser: _core.RamParser, fd: _core.Descriptor, data: bytearray, held: int
+    ) -> tuple[int, int, bool] | None:
+        """Read pages straight to where they are written from."""
+        # with postcopy two connections may bring some
+        if self._pages is None or self._received is not None:
+            return None
+        with self._file.naming():
+            return _core.land_in_file(fd, parser, self._pages, data, held)
 
     def _serve_lanes(self, receiver: _core.MultifdReceiver) -> None:
         assert self._pages is not None

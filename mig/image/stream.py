@@ -1,76 +1,36 @@
-"""StreamImage: a VM in a stream file, looked into and sent again."""
+"""StreamImage: a VM in a stream file."""
 
 from __future__ import annotations
 
 import mmap
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Self
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 from mig import _core
-from mig.channel.uri import FileUri, parse_uri
-from mig.dirty import DirtyLog
-from mig.errors import ChannelError, OptionError, TruncatedError
-from mig.options import Capability
+from mig.image.base import BlockPages, BlockSummary, Contents, Image, PageBytes
 from mig.pages import PagePlaces
 from mig.ram.search import SourceBlock
-from mig.records import BlockInfo, Command, Configuration
-from mig.savevm.devices import DeviceSection, DeviceState
-from mig.savevm.load import StreamLoader
-from mig.stats import RamCounters
-from mig.stream.reader import StreamReader
+from mig.records import BlockInfo
 from mig.wire import DEFAULT_PAGE_BITS
 
-
-@dataclass(frozen=True, slots=True)
-class BlockSummary:
-    """What an image holds of one RAM block, in pages.
-
-    data: pages with contents; zero: pages known to be zero; missing: pages never sent
-    address: guest-physical, in a stream with x-ignore-shared; None in any other
-    """
-
-    idstr: str
-    used_length: int
-    data: int
-    zero: int
-    missing: int
-    address: int | None = None
-
-    @property
-    def ignored(self) -> bool:
-        """Whether the block was left out because its memory is shared (x-ignore-shared)."""
-        return self.address is not None and not (self.data or self.zero)
+__all__ = ["BlockSummary", "StreamImage"]
 
 
-class _Index:
-    """LoadTarget that notes where things are instead of loading them."""
+class _Index(Contents):
+    """Notes also where each page is."""
 
     def __init__(self, base: int) -> None:
+        super().__init__()
         self._base = base
-        self.configuration: Configuration | None = None
-        self.page_size = 1 << DEFAULT_PAGE_BITS
-        self.blocks: tuple[BlockInfo, ...] = ()
         self.places: list[PagePlaces] = []
-        self.section_id = 1
-        self.footers = True
-        self.switchover_start = False
-        self.state = DeviceState(0, b"", None, b"")
-
-    def configure(self, configuration: Configuration | None) -> None:
-        self.configuration = configuration
 
     def open_blocks(self, blocks: Sequence[BlockInfo], page_size: int) -> None:
-        self.blocks, self.page_size = tuple(blocks), page_size
+        super().open_blocks(blocks, page_size)
         # zeros cost no memory until a place is noted
         self.places = [np.zeros(b.npages(page_size), dtype=np.int64) for b in blocks]
-
-    def ram_started(self, section_id: int, footers: bool) -> None:
-        self.section_id, self.footers = section_id, footers
 
     def put(
         self, parser: _core.RamParser, data: bytes | bytearray | memoryview, start: int
@@ -78,14 +38,52 @@ class _Index:
         if parser.npages:
             parser.index(self._base + start, self.places[parser.current])
 
-    def switchover_started(self) -> None:
-        self.switchover_start = True
 
-    def load_devices(self, state: DeviceState) -> None:
-        self.state = state
+class StreamPages:
+    """The pages of one block, which lie scattered in a stream; satisfies BlockPages.
+
+    pages[i] is a view of shape (page_size,), pages[a:b] or pages[indexes] a copy of shape
+    (n, page_size), numpy.asarray(pages) a copy of them all.
+    """
+
+    dtype = np.dtype(np.uint8)
+    ndim = 2
+
+    def __init__(self, data: PageBytes, places: PagePlaces, page_size: int) -> None:
+        self._data = data
+        self._places = places
+        self._page_size = page_size
+        self._zero = np.zeros(page_size, dtype=np.uint8)
+        self._zero.flags.writeable = False
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(npages, page_size)."""
+        return len(self._places), self._page_size
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def _one(self, place: int) -> PageBytes:
+        return self._data[place : place + self._page_size] if place > 0 else self._zero
+
+    def __getitem__(self, key: int | slice | Sequence[int] | NDArray[np.integer], /) -> PageBytes:
+        places = self._places[key]
+        if np.ndim(places) == 0:
+            return self._one(int(places))
+        copy = np.zeros((len(places), self._page_size), dtype=np.uint8)
+        for i in np.flatnonzero(places > 0):
+            copy[i] = self._one(int(places[i]))
+        return copy
+
+    def __iter__(self) -> Iterator[PageBytes]:
+        return (self._one(int(place)) for place in self._places)
+
+    def __array__(self, dtype: object = None, copy: bool | None = None) -> PageBytes:
+        return self[:]
 
 
-class StreamImage:
+class StreamImage(Image):
     """A whole stream in a file; satisfies SourceGuest, so that it can be sent.
 
     path:      the file
@@ -96,6 +94,8 @@ class StreamImage:
     file, which is mapped.
     """
 
+    format = "stream"
+
     def __init__(
         self,
         path: str | os.PathLike[str],
@@ -103,68 +103,18 @@ class StreamImage:
         offset: int = 0,
         page_size: int = 1 << DEFAULT_PAGE_BITS,
     ) -> None:
-        self.path = Path(path)
-        self._map = _map_file(self.path, offset)
-        self._view = memoryview(self._map)
-        self._handed_out: list[_core.Pages] = []
-        try:
-            index, counters = self._read(offset, page_size)
-        except BaseException:
-            self.close()
-            raise
-        self._index = index
-        self.configuration: Configuration | None = index.configuration
-        self.ram_section_id = index.section_id
-        self.footers = index.footers
-        self.switchover_start = index.switchover_start
-        #: bytes of the stream; what follows in the file is not looked at
-        self.nbytes = index.state.offset + len(index.state.raw)
-        #: PAGE and ZERO records; more than there are pages when pages were sent again
-        self.records = counters.records
-
-    def _read(self, offset: int, page_size: int) -> tuple[_Index, RamCounters]:
-        index, counters = _Index(offset), RamCounters()
+        super().__init__(path, offset)
+        index = _Index(offset)
         self._map.madvise(mmap.MADV_SEQUENTIAL)
-        with self._view[offset:] as stream:
-            reader = StreamReader(data=stream)
-            try:
-                StreamLoader(
-                    reader,
-                    index,
-                    on_command=_ignore,
-                    counters=counters,
-                    page_size=page_size,
-                    capabilities=None,
-                ).run()
-            finally:
-                # an error's traceback holds the reader
-                reader.close()
+        self._load(index, offset, page_size)
         self._map.madvise(mmap.MADV_NORMAL)
-        return index, counters
-
-    # ---- looking ----------------------------------------------------------------------------
-
-    @property
-    def machine(self) -> str | None:
-        """Machine type, None when the stream does not say."""
-        return self.configuration.machine if self.configuration else None
-
-    @property
-    def ignores_shared(self) -> bool:
-        """Whether it was sent with capability x-ignore-shared, and must be sent so again."""
-        named = self.configuration.capabilities if self.configuration else None
-        return Capability.X_IGNORE_SHARED in (named or ())
-
-    @property
-    def page_size(self) -> int:
-        """Target page size in bytes."""
-        return self._index.page_size
+        self._places = index.places
 
     @property
     def blocks(self) -> tuple[BlockSummary, ...]:
         """The RAM blocks in the order of the block list."""
         out = []
-        for block, places in zip(self._index.blocks, self._index.places, strict=True):
+        for block, places in zip(self._contents.blocks, self._places, strict=True):
             data = int(np.count_nonzero(places > 0))
             zero = int(np.count_nonzero(places == _core.PAGE_ZERO))
             missing = len(places) - data - zero
@@ -174,35 +124,29 @@ class StreamImage:
         return tuple(out)
 
     @property
-    def devices(self) -> tuple[DeviceSection, ...] | None:
-        """The device sections; None when the stream has no description to cut them by."""
-        return self._index.state.sections
+    def pages(self) -> Mapping[str, BlockPages]:
+        """The pages of each block by its name; pages that were never sent read as zeros.
 
-    @property
-    def device_state(self) -> DeviceState:
-        """Everything behind RAM."""
-        return self._index.state
+        A page is a view of the file, several are a copy: see `StreamPages`.
+        """
+        data = np.frombuffer(self._view, dtype=np.uint8)
+        return {
+            block.idstr: StreamPages(data, places, self.page_size)
+            for block, places in zip(self._contents.blocks, self._places, strict=True)
+        }
 
-    def page(self, idstr: str, page_index: int) -> bytes | None:
-        """Return the contents of one page, None when it was never sent; KeyError, IndexError."""
-        for block, places in zip(self._index.blocks, self._index.places, strict=True):
-            if block.idstr == idstr:
-                if not 0 <= page_index < len(places):
-                    raise IndexError(f"page {page_index} of {len(places)}")
-                place = int(places[page_index])
-                if place == _core.PAGE_NONE:
-                    return None
-                if place == _core.PAGE_ZERO:
-                    return bytes(self.page_size)
-                return bytes(self._view[place : place + self.page_size])
-        raise KeyError(idstr)
-
-    # ---- sending ----------------------------------------------------------------------------
+    def _page(self, number: int, page_index: int) -> bytes | None:
+        place = int(self._places[number][page_index])
+        if place == _core.PAGE_NONE:
+            return None
+        if place == _core.PAGE_ZERO:
+            return bytes(self.page_size)
+        return bytes(self._view[place : place + self.page_size])
 
     def source_blocks(self) -> Sequence[SourceBlock]:
         """Return the blocks; every page that the stream has is to be sent."""
         out = []
-        for block, places in zip(self._index.blocks, self._index.places, strict=True):
+        for block, places in zip(self._contents.blocks, self._places, strict=True):
             pages = _core.Pages(self._view, self.page_size, where=places)
             self._handed_out.append(pages)
             dirty = _core.Bitmap(len(places))
@@ -221,67 +165,3 @@ class StreamImage:
                 )
             )
         return out
-
-    def dirty_log(self) -> DirtyLog | None:
-        """Return None: a file does not change."""
-        return None
-
-    @property
-    def running(self) -> bool:
-        """Nothing runs."""
-        return False
-
-    def throttle(self, percent: int) -> None:
-        """Nothing runs."""
-
-    def stop(self) -> None:
-        """Nothing runs."""
-
-    def resume(self) -> None:
-        """Nothing ran."""
-
-    def save_devices(self) -> bytes:
-        """Return the device state as it was received."""
-        return self._index.state.raw
-
-    # ---- ends -------------------------------------------------------------------------------
-
-    def close(self) -> None:
-        """Unmap the file; BufferError while a migration still sends from it."""
-        for pages in self._handed_out:
-            pages.release()
-        self._view.release()
-        self._map.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-
-def _ignore(command: Command) -> None:
-    """Commands of a recorded stream that only concern its return path."""
-
-
-def _map_file(path: Path, offset: int) -> mmap.mmap:
-    try:
-        with path.open("rb") as file:
-            nbytes = os.fstat(file.fileno()).st_size
-            if nbytes <= offset:
-                raise TruncatedError(
-                    f"{path} has {nbytes} bytes: no stream starts at {offset}", offset=0
-                )
-            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    except OSError as error:
-        raise ChannelError(f"{path}: {error.strerror or error}") from error
-
-
-def open_image(name: str | os.PathLike[str]) -> StreamImage:
-    """Open a captured VM: a path, or ``file:PATH[,offset=N]`` as in a migration URI."""
-    if isinstance(name, str) and name.startswith("file:"):
-        uri = parse_uri(name)
-        if not isinstance(uri, FileUri):
-            raise OptionError(f"'{name}' is not a file")
-        return StreamImage(uri.path, offset=uri.offset)
-    return StreamImage(name)

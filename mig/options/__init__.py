@@ -4,7 +4,7 @@
 """
 
 from mig.options.bitmaps import BitmapAlias, NodeAlias
-from mig.options.capability import CAPABILITIES, REMOVED_CAPABILITIES, Capability
+from mig.options.capability import AGREED, CAPABILITIES, REMOVED_CAPABILITIES, Capability
 from mig.options.choose import Options, capabilities_to_qmp, capability_set, unsupported
 from mig.options.parameters import (
     REMOVED_PARAMETERS,
@@ -21,6 +21,7 @@ from mig.options.support import (
 )
 
 __all__ = [
+    "AGREED",
     "CAPABILITIES",
     "INCOMING_CAPABILITIES",
     "OUTGOING_CAPABILITIES",

@@ -113,6 +113,10 @@ CAPABILITIES: Final[dict[Capability, CapabilityInfo]] = {
     Capability.BLOCK: CapabilityInfo("migrate disks, too", "2.11", "9.1"),
 }
 
+#: those that a stream names, in this order, since both sides must have them alike
+#: (configuration_validate_capabilities())
+AGREED: Final = (Capability.X_IGNORE_SHARED, Capability.MAPPED_RAM)
+
 #: never switched on by mig: what became of them
 REMOVED_CAPABILITIES: Final[dict[Capability, str]] = {
     Capability.BLOCK: "only QEMU before 9.1 has it; the successor is blockdev-mirror",

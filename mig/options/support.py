@@ -11,6 +11,7 @@ OUTGOING_CAPABILITIES: Final = frozenset(
         Capability.AUTO_CONVERGE,
         Capability.COMPRESS,
         Capability.DIRTY_LIMIT,
+        Capability.MAPPED_RAM,
         Capability.MULTIFD,
         Capability.PAUSE_BEFORE_SWITCHOVER,
         Capability.POSTCOPY_RAM,
@@ -25,6 +26,7 @@ OUTGOING_CAPABILITIES: Final = frozenset(
 INCOMING_CAPABILITIES: Final = frozenset(
     {
         Capability.COMPRESS,
+        Capability.MAPPED_RAM,
         Capability.MULTIFD,
         Capability.POSTCOPY_BLOCKTIME,
         Capability.POSTCOPY_PREEMPT,

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from mig import _core
 from mig.pages import PageIndex
 from mig.ram.search import PageBatch, SourceBlock
+from mig.records import BlockList
 from mig.stats import MigrationInfo, RamCounters
 from mig.stream.writer import StreamWriter
 from mig.wire import SectionType
@@ -19,6 +20,10 @@ class PageEncoder(ABC):
     @abstractmethod
     def encode(self, batch: PageBatch) -> None:
         """Send the batch; a section of `ram` is open."""
+
+    def put_block_list(self, writer: StreamWriter, listed: BlockList) -> None:
+        """Append the block list, which comes before everything else."""
+        writer.put(listed.encode())
 
     @property
     def nbytes_beside(self) -> int:

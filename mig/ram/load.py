@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from functools import partial
+from typing import Protocol, runtime_checkable
 
 from mig import _core
 from mig.errors import MismatchError, StreamError, UnsupportedError
+from mig.mapped import MappedFile
 from mig.records import BlockInfo, BlockList
 from mig.stats import RamCounters
 from mig.stream.reader import StreamReader
@@ -16,6 +18,10 @@ from mig.wire import RamFlag
 _CAPABILITY_OF = {
     RamFlag.MULTIFD_FLUSH: "multifd",
 }
+
+
+#: bytes of a record before its page, when it continues a block
+_WORD = 8
 
 
 class PageSink(Protocol):
@@ -28,6 +34,16 @@ class PageSink(Protocol):
         self, parser: _core.RamParser, data: bytes | bytearray | memoryview, start: int
     ) -> None:
         """Take the parser's last burst, parsed from ``data`` at ``start``."""
+
+
+@runtime_checkable
+class LandingSink(PageSink, Protocol):
+    """A PageSink that can have pages read straight to where they belong."""
+
+    def land(
+        self, parser: _core.RamParser, fd: _core.Descriptor, data: bytearray, held: int
+    ) -> tuple[int, int, bool] | None:
+        """Read more pages of the parser's block; as land_in_memory() of `mig._core`."""
 
 
 class PageLanes(Protocol):
@@ -43,6 +59,17 @@ class PageLanes(Protocol):
         """The section has ended: from now on they bring nothing."""
 
 
+class MappedPages(Protocol):
+    """Pages that have their places in the file that the stream is in (mapped-ram)."""
+
+    @property
+    def file(self) -> MappedFile:
+        """The file."""
+
+    def load(self, blocks: Sequence[BlockInfo], page_size: int) -> tuple[int, int]:
+        """Load all pages; returns how many there were, and how many of them are zero."""
+
+
 class RamLoader:
     """Reads payloads of the `ram` section of one stream.
 
@@ -56,6 +83,7 @@ class RamLoader:
     section_id: of `ram`
     lanes:      None: pages come on the main stream only
     sync_every_section: whether the lanes are synchronised where a section ends
+    mapped:     loads the pages of a stream with mapped-ram, which has none itself
     """
 
     def __init__(
@@ -71,7 +99,9 @@ class RamLoader:
         sync_every_section: bool = False,
         addresses: bool = False,
         host_pages: bool = False,
+        mapped: MappedPages | None = None,
     ) -> None:
+        self._mapped = mapped
         self._section_id = section_id
         self._lanes = lanes
         self._sync_every_section = sync_every_section
@@ -131,6 +161,7 @@ class RamLoader:
             self._page_size,
             addresses=self._addresses,
             host_pages=self._host_pages,
+            mapped=None if self._mapped is None else self._mapped.file,
         )
         self.blocks = listed.blocks
         try:
@@ -145,6 +176,9 @@ class RamLoader:
         self._parser = self._new_parser()
         if self._lanes is not None:
             self._lanes.open(self._parser, self._section_id)
+        if self._mapped is not None:
+            npages, nzero = self._mapped.load(self.blocks, self._page_size)
+            self._counters.add(npages, nzero)
 
     def _load_pages(self, parser: _core.RamParser) -> None:
         """The hot loop: every turn parses and places one burst, a buffer full if it is there."""
@@ -156,6 +190,8 @@ class RamLoader:
                 stop = parser.parse(reader.buffer, start, end)
             except _core.RamRecordError as error:
                 raise self._wrong_record(parser, str(error)) from error
+            if parser.npages and self._mapped is not None:
+                raise reader.error("RAM record of a page in a stream with mapped-ram")
             try:
                 sink.put(parser, reader.buffer, start)
             except MemoryError as error:
@@ -164,12 +200,21 @@ class RamLoader:
                 raise self._refused_record(parser, start, error) from error
             counters.add(parser.npages, parser.nfill, parser.nxbzrle, parser.npacked)
             reader.advance(parser.consumed)
-            if stop == _core.STOP_MORE:
+            if stop == _core.STOP_MORE and not self._land(parser):
                 reader.need(parser.need, "a RAM record")
             elif stop == _core.STOP_OTHER:
                 self._other_record(parser)
         if self._lanes is not None and self._sync_every_section:
             self._lanes.sync()
+
+    def _land(self, parser: _core.RamParser) -> bool:
+        """The buffer has a part of a record at most: read on past it where that is worth it."""
+        sink = self._sink
+        if not isinstance(sink, LandingSink):
+            return False
+        npages = self._reader.land(_WORD + self._page_size, partial(sink.land, parser))
+        self._counters.add(npages, 0, 0, 0)
+        return npages > 0
 
     def _other_record(self, parser: _core.RamParser) -> None:
         """The next record is no page."""

@@ -55,7 +55,7 @@ class RamSaver:
         )
         self._counters.total = sum(b.used_length for b in search.blocks)
         self._writer.put(header.encode(SectionType.START))
-        self._writer.put(listed.encode())
+        self._encoder.put_block_list(self._writer, listed)
         self._end_section(SectionType.START)
 
     def part(self, batch: PageBatch) -> None:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
-from typing import Final, Protocol
+from typing import Final, Protocol, runtime_checkable
 
 from mig.errors import IdleTimeoutError, MismatchError, StreamError, UnsupportedError
 from mig.multifd.dialect import dialect_of
 from mig.options.capability import CAPABILITIES, Capability
-from mig.ram.load import PageLanes, PageSink, RamLoader
+from mig.ram.load import MappedPages, PageLanes, PageSink, RamLoader
 from mig.records import Command, Configuration, FileHeader, SectionHeader
 from mig.savevm.devices import DeviceState, DeviceTail
 from mig.stats import RamCounters
@@ -57,6 +57,14 @@ class LoadTarget(PageSink, Protocol):
         """Take the device state; MismatchError to refuse."""
 
 
+@runtime_checkable
+class EarlyTarget(Protocol):
+    """What a LoadTarget has besides if it takes devices that were saved before memory."""
+
+    def load_early_device(self, header: SectionHeader, reader: StreamReader) -> None:
+        """Take the payload of a section, which the reader stands at; StreamError to refuse."""
+
+
 class StreamLoader:
     """Reads one main stream into a target.
 
@@ -65,6 +73,7 @@ class StreamLoader:
     decompress_threads: how many inflate compressed pages
     lanes:      channels that bring pages beside the stream
     capabilities: those that are on here; None: take the stream as it is
+    mapped:     loads the pages of a stream with mapped-ram, where one can be
 
     Matches qemu_loadvm_state(); unlike QEMU it takes the device state as a whole.
     """
@@ -80,7 +89,10 @@ class StreamLoader:
         decompress_threads: int = 2,
         lanes: PageLanes | None = None,
         capabilities: Collection[Capability] | None = (),
+        mapped: MappedPages | None = None,
     ) -> None:
+        self._mapped = mapped
+        self._is_mapped = Capability.MAPPED_RAM in (capabilities or ())
         self._lanes = lanes
         self._dialect = dialect_of(None)
         self._reader = reader
@@ -114,6 +126,8 @@ class StreamLoader:
         try:
             yield
         except MismatchError as error:
+            if error.offset is not None:
+                raise
             raise MismatchError(
                 error.message, offset=at, section=error.section or section, block=error.block
             ) from error
@@ -145,13 +159,18 @@ class StreamLoader:
                 raise StreamError(
                     f"Received unknown capability {name}", offset=at, section="configuration"
                 )
-        if Capability.MAPPED_RAM in theirs:
+        if Capability.MAPPED_RAM in theirs and self._mapped is None:
             raise UnsupportedError(
                 "the stream needs mapped-ram",
                 capability=Capability.MAPPED_RAM,
                 offset=at,
                 section="configuration",
             )
+        if self._is_mapped and Capability.MAPPED_RAM not in theirs:
+            raise MismatchError(
+                f"Capability {Capability.MAPPED_RAM} is on, but received capability is off"
+            )
+        self._is_mapped = Capability.MAPPED_RAM in theirs
         received = Capability.X_IGNORE_SHARED in theirs
         if self._capabilities is not None and received != self._ignore_shared:
             raise MismatchError(
@@ -174,12 +193,7 @@ class StreamLoader:
         elif kind == SectionType.COMMAND:
             self._command(at)
         elif kind == SectionType.FULL:
-            header = SectionHeader.read(reader)
-            raise UnsupportedError(
-                f"device '{header.idstr}' was saved before RAM: its length is not known",
-                offset=at,
-                section=header.idstr,
-            )
+            self._early_device(at)
         elif kind == SectionType.EOF:
             raise reader.error("stream ends before the end of RAM", offset=at)
         else:
@@ -212,12 +226,25 @@ class StreamLoader:
             sync_every_section=self._dialect.sync_every_section,
             addresses=self._ignore_shared,
             host_pages=self._host_pages,
+            mapped=self._mapped if self._is_mapped else None,
         )
         self._ram_id = header.section_id
         self._ram.load_payload()
-        self._footer()
+        self._footer(self._ram_id)
         with self._located(at, header.idstr):
             self._target.ram_started(header.section_id, bool(self._footers))
+
+    def _early_device(self, at: int) -> None:
+        header = SectionHeader.read(self._reader)
+        if not isinstance(self._target, EarlyTarget):
+            raise UnsupportedError(
+                f"device '{header.idstr}' was saved before RAM: its length is not known",
+                offset=at,
+                section=header.idstr,
+            )
+        with self._located(at, header.idstr):
+            self._target.load_early_device(header, self._reader)
+        self._footer(header.section_id)
 
     def _continue_section(self, at: int, kind: SectionType) -> None:
         section_id = self._reader.u32("a section header")
@@ -225,12 +252,12 @@ class StreamLoader:
             raise self._reader.error(f"section {section_id} was never started", offset=at)
         self._reader.section = RAM_IDSTR
         self._ram.load_payload()
-        self._footer()
+        self._footer(self._ram_id)
         self._ram_ended = kind == SectionType.END
         if self._ram_ended and self._lanes is not None:
             self._lanes.finish()
 
-    def _footer(self) -> None:
+    def _footer(self, expected: int) -> None:
         reader = self._reader
         at = reader.offset
         reader.need(1, "what follows a section")
@@ -238,13 +265,13 @@ class StreamLoader:
         if self._footers is None:
             self._footers = found
         if found != self._footers:
-            raise reader.error(f"footer of section {self._ram_id} is missing", offset=at)
+            raise reader.error(f"footer of section {expected} is missing", offset=at)
         if found:
             reader.u8("a footer")
             section_id = reader.u32("a footer")
-            if section_id != self._ram_id:
+            if section_id != expected:
                 raise reader.error(
-                    f"footer of section {section_id} where {self._ram_id} ends", offset=at
+                    f"footer of section {section_id} where {expected} ends", offset=at
                 )
 
     def _command(self, at: int) -> None:

@@ -7,9 +7,13 @@ reads never changes what is read.
 from __future__ import annotations
 
 import struct
-from typing import Protocol, runtime_checkable
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from mig.errors import StreamError, TruncatedError
+
+if TYPE_CHECKING:
+    from mig import _core
 
 _U16 = struct.Struct(">H")
 _U32 = struct.Struct(">I")
@@ -39,6 +43,14 @@ class SeekableSource(Source, Protocol):
         """Go so many bytes forward; where the source ends before, the next read tells."""
 
 
+@runtime_checkable
+class DescriptorSource(Source, Protocol):
+    """A source that others may read from, past the reader's buffer."""
+
+    def read_by(self, loop: Callable[[_core.Descriptor], None]) -> None:
+        """Have ``loop`` read."""
+
+
 class StreamReader:
     """A cursor over a stream, with a buffer that bursts of RAM records are parsed from.
 
@@ -65,6 +77,7 @@ class StreamReader:
         self._eof = source is None
         #: idstr of the section being read, for errors
         self.section: str | None = None
+        self._skipped = 0
         if source is not None:
             self.buffer = bytearray(buffer_size)
 
@@ -85,6 +98,11 @@ class StreamReader:
     def offset(self) -> int:
         """Stream offset of the next byte to be read."""
         return self._base + self._start
+
+    @property
+    def nread(self) -> int:
+        """Bytes before the next one but for those that were passed over."""
+        return self.offset - self._skipped
 
     @property
     def window(self) -> tuple[int, int]:
@@ -110,6 +128,7 @@ class StreamReader:
         nbytes = offset - self.offset
         if nbytes < 0:
             raise ValueError(f"{offset} is behind the cursor")
+        self._skipped += nbytes
         step = min(nbytes, self.available)
         self._start += step
         nbytes -= step
@@ -163,6 +182,40 @@ class StreamReader:
             self._eof = True
             return False
         return True
+
+    def land(
+        self,
+        record_nbytes: int,
+        receive: Callable[[_core.Descriptor, bytearray, int], tuple[int, int, bool] | None],
+    ) -> int:
+        """Have pages read past the buffer, straight to where they belong; returns how many.
+
+        record_nbytes: of the record that each of them comes in
+        receive: as land_in_memory() of `mig._core`, called until it says that there is no more
+        """
+        if not isinstance(self.source, DescriptorSource):
+            return 0
+        buffer, held, total = self.buffer, self._end - self._start, 0
+        assert isinstance(buffer, bytearray)
+        result: tuple[int, int, bool] | None = (0, held, True)
+
+        def turn(fd: _core.Descriptor) -> None:
+            nonlocal result
+            result = receive(fd, buffer, held)
+
+        if self._start:
+            buffer[:held] = buffer[self._start : self._end]
+        self._base += self._start
+        self._start, self._end = 0, held
+        while result is not None and result[2]:
+            self.source.read_by(turn)
+            if result is not None:
+                npages, held, _ = result
+                # what was in the buffer before is of these records
+                self._base += npages * record_nbytes
+                self._end = held
+                total += npages
+        return total
 
     def need(self, nbytes: int, what: str) -> None:
         """Like `fill`, but the end of the stream is a TruncatedError that names ``what``."""

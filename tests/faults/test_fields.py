@@ -728,8 +728,8 @@ def test_other_blocks(stream: Pieces, ram: dict[str, bytes], text: str, tmp_path
 @pytest.mark.parametrize(
     ("label", "data", "text"),
     [
-        ("timer name", b"tamer", "no device 'tamer'"),
-        ("timer instance", be32(5), "instance 5"),
+        ("timer name", b"tamer", "section or instance 'tamer' 0"),
+        ("timer instance", be32(5), "section or instance 'timer' 5"),
         ("timer version", be32(2), "version 2"),
     ],
 )

@@ -122,9 +122,17 @@ class Lab:
     def path(self, name: str) -> str:
         return str(self.folder / name)
 
-    def receive(self, source: Qemu, file: str, uri: str, *, return_path: bool) -> dict[str, Any]:
+    def receive(
+        self,
+        source: Qemu,
+        file: str,
+        uri: str,
+        *,
+        return_path: bool,
+        options: Sequence[str] = (),
+    ) -> dict[str, Any]:
         """Migrate a running guest to ``mig receive``; returns what that prints."""
-        command = self.mig("receive", uri, file, "--json")
+        command = self.mig("receive", uri, file, "--json", *options)
         migrate(source, command.wait_listening(), return_path=return_path)
         result = command.result()
         assert source.wait_migration()["status"] == "completed"

@@ -56,7 +56,8 @@ def test_qemu_reads_what_mig_wrote(lab, assert_goes_on, version):
     spec = lab.spec("pc")
     source = lab.boot(version, spec)
     file = lab.path("vm.mig")
-    lab.receive(source, file, f"unix:{lab.path('in')}", return_path=True)
+    uri = f"unix:{lab.path('in')}"
+    lab.receive(source, file, uri, return_path=True, options=("--format", "stream"))
     assert_goes_on(source, lab.incoming(version, spec, f"exec:cat {file}"))
 
 

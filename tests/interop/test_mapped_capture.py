@@ -18,7 +18,7 @@ def received(lab, source, file, capabilities, parameters, *more):
     given = [word for name in capabilities for word in ("-c", name)]
     given += [word for k, v in parameters.items() for word in ("-p", f"{k}={v}")]
     command = lab.mig(
-        "receive", f"unix:{lab.path('in')}", file, "--format", "mapped-ram", "--json", *given, *more
+        "receive", f"unix:{lab.path('in')}", file, "--json", *given, *more
     )
     source.set_capabilities({"return-path": True, **capabilities})
     source.set_parameters({"max-bandwidth": 0, **parameters})

@@ -79,9 +79,12 @@ def test_a_cpu_is_refused_that_is_none(machine: Any) -> None:
         machine.load_cpu(b"x", 1)
 
 
-def snippets(text: str) -> Iterator[str]:
-    """Yield the runs of indented lines, without the indentation that Markdown needs."""
-    section = text.partition(_SECTION)[2].partition("\n## ")[0]
+def snippets(text: str, section: str = _SECTION) -> Iterator[str]:
+    """Yield the runs of indented lines, without the indentation that Markdown needs.
+
+    section: where they are; "": anywhere
+    """
+    section = text.partition(section)[2].partition("\n## ")[0] if section else text
     block: list[str] = []
     for line in [*section.splitlines(), "end"]:
         if line.startswith("    ") or (not line and block):

@@ -9,7 +9,7 @@ import struct
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reference.vmstate import Made
+from reference.devicevalues import Made
 
 from mig.errors import StreamError, TruncatedError
 from mig.savevm import fields as fields_module

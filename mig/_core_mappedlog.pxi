@@ -1,38 +1,39 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-cdef extern from "pagefile.h" nogil:
-    struct mig_pagefile_block:
+cdef extern from "mappedlog.h" nogil:
+    struct mig_mappedlog_block:
         int64_t offset
         uint64_t *present
         uint64_t *written
 
-    struct mig_pagefile:
+    struct mig_mappedlog:
         int fd, direct_fd
         size_t page_size
-        const mig_pagefile_block *blocks
+        const mig_mappedlog_block *blocks
         const mig_kernels *kernels
 
-    struct mig_pagefile_writer:
+    struct mig_mappedlog_writer:
         pass
 
-    int mig_pagefile_open(mig_pagefile_writer *w, const mig_pagefile *file)
-    void mig_pagefile_close(mig_pagefile_writer *w)
-    int mig_pagefile_put(mig_pagefile_writer *w, mig_ram_parser *p, const uint8_t *buf)
-    int mig_pagefile_flush(mig_pagefile_writer *w)
+    int mig_mappedlog_open(mig_mappedlog_writer *w, const mig_mappedlog *file)
+    void mig_mappedlog_close(mig_mappedlog_writer *w)
+    int mig_mappedlog_put(mig_mappedlog_writer *w, mig_ram_parser *p, const uint8_t *buf)
+    int mig_mappedlog_flush(mig_mappedlog_writer *w)
+    int mig_mappedlog_expect(mig_mappedlog_writer *w, const mig_mappedlog_block *block)
 
 
 @cython.final
 @cython.no_gc  # so that the bitmaps are there in __dealloc__
-cdef class PageFile:
-    """The pages of a mapped-ram file while it is written, each in its place (csrc/pagefile.c).
+cdef class MappedLog:
+    """The pages of a mapped-ram file while it is written, each in its place (csrc/mappedlog.c).
 
     fd:        the file, of its full length already; stays the caller's
     parser:    has the blocks
     offsets:   where the first page of each block is, in bytes
     direct_fd: the same file opened with O_DIRECT, -1 to write through the page cache
     """
-    cdef mig_pagefile c
-    cdef mig_pagefile_writer writer
-    cdef mig_pagefile_block *blocks
+    cdef mig_mappedlog c
+    cdef mig_mappedlog_writer writer
+    cdef mig_mappedlog_block *blocks
     cdef RamParser parser
     cdef pthread_mutex_t lock  # held while the writer is used: two connections may bring pages
     #: by block, the pages that have contents; all others are zero
@@ -48,8 +49,8 @@ cdef class PageFile:
         npages = [parser.table[i].npages for i in range(parser.c.nblocks)]
         self.present = tuple(Bitmap(n) for n in npages)
         self.written = tuple(Bitmap(n) for n in npages)
-        self.blocks = <mig_pagefile_block *>calloc(parser.c.nblocks or 1,
-                                                   sizeof(mig_pagefile_block))
+        self.blocks = <mig_mappedlog_block *>calloc(parser.c.nblocks or 1,
+                                                    sizeof(mig_mappedlog_block))
         if self.blocks == NULL:
             raise MemoryError
         for i in range(parser.c.nblocks):
@@ -61,10 +62,10 @@ cdef class PageFile:
         self.c.page_size = parser.c.page_size
         self.c.blocks = self.blocks
         self.c.kernels = (<Kernels>KERNELS).k
-        check(mig_pagefile_open(&self.writer, &self.c))
+        check(mig_mappedlog_open(&self.writer, &self.c))
 
     def __dealloc__(self):
-        mig_pagefile_close(&self.writer)
+        mig_mappedlog_close(&self.writer)
         pthread_mutex_destroy(&self.lock)
         free(self.blocks)
 
@@ -91,7 +92,7 @@ cdef class PageFile:
                 rc = mig_decompress(source.inflating, p, <const uint8_t *>view.buf + start)
                 if rc == 0:
                     pthread_mutex_lock(&self.lock)
-                    rc = mig_pagefile_put(&self.writer, p, <const uint8_t *>view.buf + start)
+                    rc = mig_mappedlog_put(&self.writer, p, <const uint8_t *>view.buf + start)
                     pthread_mutex_unlock(&self.lock)
             source.check_record(rc)
         finally:
@@ -102,6 +103,6 @@ cdef class PageFile:
         cdef int rc
         with nogil:
             pthread_mutex_lock(&self.lock)
-            rc = mig_pagefile_flush(&self.writer)
+            rc = mig_mappedlog_flush(&self.writer)
             pthread_mutex_unlock(&self.lock)
         check(rc)

@@ -1,4 +1,4 @@
-"""PageFile: whatever comes in whatever order, every page stands in its place as it was last."""
+"""MappedLog: whatever comes in whatever order, every page stands in its place as it was last."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from reference.pagelog import PageLog as Oracle
 from reference.ram import Record
 
 from mig import _core
-from mig._core import PageFile, RamParser, RamRecordError
+from mig._core import MappedLog, RamParser, RamRecordError
 from mig.errors import ChannelError
 
 PAGE = 4096
@@ -39,7 +39,7 @@ class Writer:
             self.direct_fd = os.open(f"/proc/self/fd/{file.fileno()}", os.O_RDWR | os.O_DIRECT)
         offsets = [self.offsets[name] for name in self.blocks]
         self.parser = self.another_parser()
-        self.pages = PageFile(file.fileno(), self.parser, offsets, direct_fd=self.direct_fd)
+        self.pages = MappedLog(file.fileno(), self.parser, offsets, direct_fd=self.direct_fd)
         self.oracle = Oracle(page_size)
         self._current = None
 
@@ -178,7 +178,7 @@ def test_a_descriptor_that_cannot_be_written(tmp_path):
     parser = RamParser([(b"r", 4)], PAGE)
     data = ram.encode([Record(b"r", 1, page_of(1))], PAGE, None) + ram.eos()
     with path.open("rb") as file:
-        pages = PageFile(file.fileno(), parser, [PAGE])
+        pages = MappedLog(file.fileno(), parser, [PAGE])
         parser.parse(data, 0, len(data))
         pages.put(data, 0)
         with pytest.raises(ChannelError):
@@ -187,7 +187,7 @@ def test_a_descriptor_that_cannot_be_written(tmp_path):
 
 def test_offsets_and_blocks_must_fit(writer):
     with pytest.raises(ValueError, match="offsets"):
-        PageFile(writer.file.fileno(), writer.parser, [0])
+        MappedLog(writer.file.fileno(), writer.parser, [0])
     other = RamParser([(b"r", 5000)], PAGE)
     data = ram.encode([Record(b"r", 0, page_of(1))], PAGE, None) + ram.eos()
     other.parse(data, 0, len(data))

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later
- * A mapped-ram file while it is written: see pagefile.h. */
+ * A mapped-ram file while it is written: see mappedlog.h. */
 #include <errno.h>
 #include <fcntl.h>
 #include <linux/aio_abi.h>
@@ -10,9 +10,9 @@
 #include <sys/types.h>
 #include <unistd.h>
 
-#include "pagefile.h"
+#include "mappedlog.h"
 
-int mig_pagefile_open(struct mig_pagefile_writer *w, const struct mig_pagefile *file)
+int mig_mappedlog_open(struct mig_mappedlog_writer *w, const struct mig_mappedlog *file)
 {
     size_t page_size = file->page_size, buffer, nbytes;
     aio_context_t context = 0;
@@ -20,38 +20,38 @@ int mig_pagefile_open(struct mig_pagefile_writer *w, const struct mig_pagefile *
 
     memset(w, 0, sizeof(*w));
     w->file = file;
-    w->capacity = page_size < MIG_PAGEFILE_BUFFER ? MIG_PAGEFILE_BUFFER / page_size : 1;
+    w->capacity = page_size < MIG_MAPPEDLOG_BUFFER ? MIG_MAPPEDLOG_BUFFER / page_size : 1;
     buffer = w->capacity * page_size;
-    nbytes = MIG_PAGEFILE_NBUFFERS * buffer;
+    nbytes = MIG_MAPPEDLOG_NBUFFERS * buffer;
     memory = mmap(NULL, nbytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (memory == MAP_FAILED) {
         return MIG_E_NOMEM;
     }
     w->bytes = memory;
-    w->pages = calloc(MIG_PAGEFILE_NBUFFERS * w->capacity, sizeof(*w->pages));
+    w->pages = calloc(MIG_MAPPEDLOG_NBUFFERS * w->capacity, sizeof(*w->pages));
     if (!w->pages) {
         return MIG_E_NOMEM;
     }
-    for (size_t i = 0; i < MIG_PAGEFILE_NBUFFERS; i++) {
+    for (size_t i = 0; i < MIG_MAPPEDLOG_NBUFFERS; i++) {
         w->buffers[i].bytes = w->bytes + i * buffer;
         w->buffers[i].page = w->pages + i * w->capacity;
     }
     /* without AIO writes are made one by one */
     if (file->direct_fd >= 0 &&
-        syscall(SYS_io_setup, MIG_PAGEFILE_NBUFFERS * w->capacity, &context) == 0) {
+        syscall(SYS_io_setup, MIG_MAPPEDLOG_NBUFFERS * w->capacity, &context) == 0) {
         w->aio = context;
     }
     return 0;
 }
 
-void mig_pagefile_close(struct mig_pagefile_writer *w)
+void mig_mappedlog_close(struct mig_mappedlog_writer *w)
 {
     if (w->aio) {
         /* waits for what is in flight: the buffers must not go before */
         syscall(SYS_io_destroy, w->aio);
     }
     if (w->bytes) {
-        munmap(w->bytes, MIG_PAGEFILE_NBUFFERS * w->capacity * w->file->page_size);
+        munmap(w->bytes, MIG_MAPPEDLOG_NBUFFERS * w->capacity * w->file->page_size);
     }
     free(w->pages);
     memset(w, 0, sizeof(*w));
@@ -62,11 +62,11 @@ void mig_pagefile_close(struct mig_pagefile_writer *w)
 /* Which buffer a write is from, and how long it is. */
 static uint64_t tag(size_t buffer, size_t nbytes)
 {
-    return (uint64_t)nbytes * MIG_PAGEFILE_NBUFFERS + buffer;
+    return (uint64_t)nbytes * MIG_MAPPEDLOG_NBUFFERS + buffer;
 }
 
 /* Waits for at least one write; notes the first error. */
-static int reap(struct mig_pagefile_writer *w)
+static int reap(struct mig_mappedlog_writer *w)
 {
     struct io_event events[64];
     long n;
@@ -78,15 +78,15 @@ static int reap(struct mig_pagefile_writer *w)
         return -errno;
     }
     for (long i = 0; i < n; i++) {
-        w->buffers[events[i].data % MIG_PAGEFILE_NBUFFERS].pending--;
-        if (events[i].res != (int64_t)(events[i].data / MIG_PAGEFILE_NBUFFERS) && w->error == 0) {
+        w->buffers[events[i].data % MIG_MAPPEDLOG_NBUFFERS].pending--;
+        if (events[i].res != (int64_t)(events[i].data / MIG_MAPPEDLOG_NBUFFERS) && w->error == 0) {
             w->error = events[i].res < 0 ? (int)events[i].res : -ENOSPC;
         }
     }
     return w->error;
 }
 
-static int wait_for(struct mig_pagefile_writer *w, const struct mig_pagefile_buffer *b)
+static int wait_for(struct mig_mappedlog_writer *w, const struct mig_mappedlog_buffer *b)
 {
     int rc = w->error;
 
@@ -97,7 +97,7 @@ static int wait_for(struct mig_pagefile_writer *w, const struct mig_pagefile_buf
 }
 
 /* How many pages from the i-th on follow each other in the file. */
-static size_t run_at(const struct mig_pagefile_buffer *b, size_t i)
+static size_t run_at(const struct mig_mappedlog_buffer *b, size_t i)
 {
     size_t n = 1;
 
@@ -107,7 +107,7 @@ static size_t run_at(const struct mig_pagefile_buffer *b, size_t i)
     return n;
 }
 
-static int submit(struct mig_pagefile_writer *w, struct iocb **list, size_t n)
+static int submit(struct mig_mappedlog_writer *w, struct iocb **list, size_t n)
 {
     while (n) {
         long done = syscall(SYS_io_submit, w->aio, (long)n, list);
@@ -134,7 +134,7 @@ static int submit(struct mig_pagefile_writer *w, struct iocb **list, size_t n)
 
 enum { BATCH = 64 };
 
-static int write_behind(struct mig_pagefile_writer *w, struct mig_pagefile_buffer *b)
+static int write_behind(struct mig_mappedlog_writer *w, struct mig_mappedlog_buffer *b)
 {
     size_t page_size = w->file->page_size, i = 0;
     struct iocb io[BATCH], *list[BATCH];
@@ -166,7 +166,7 @@ static int write_behind(struct mig_pagefile_writer *w, struct mig_pagefile_buffe
     return 0;
 }
 
-static int write_now(struct mig_pagefile_writer *w, struct mig_pagefile_buffer *b)
+static int write_now(struct mig_mappedlog_writer *w, struct mig_mappedlog_buffer *b)
 {
     int fd = w->file->direct_fd >= 0 ? w->file->direct_fd : w->file->fd;
     size_t page_size = w->file->page_size;
@@ -185,13 +185,13 @@ static int write_now(struct mig_pagefile_writer *w, struct mig_pagefile_buffer *
 }
 
 /* Writes what the current buffer has, and goes on to the next. */
-static int next_buffer(struct mig_pagefile_writer *w)
+static int next_buffer(struct mig_mappedlog_writer *w)
 {
-    struct mig_pagefile_buffer *b = &w->buffers[w->current];
+    struct mig_mappedlog_buffer *b = &w->buffers[w->current];
     int rc = w->aio ? write_behind(w, b) : write_now(w, b);
 
     if (w->aio) {
-        w->current = (w->current + 1) % MIG_PAGEFILE_NBUFFERS;
+        w->current = (w->current + 1) % MIG_MAPPEDLOG_NBUFFERS;
         b = &w->buffers[w->current];
     }
     if (rc == 0) {
@@ -201,11 +201,11 @@ static int next_buffer(struct mig_pagefile_writer *w)
     return rc;
 }
 
-int mig_pagefile_flush(struct mig_pagefile_writer *w)
+int mig_mappedlog_flush(struct mig_mappedlog_writer *w)
 {
     int rc = w->buffers[w->current].npages ? next_buffer(w) : w->error;
 
-    for (size_t i = 0; i < MIG_PAGEFILE_NBUFFERS && rc == 0; i++) {
+    for (size_t i = 0; i < MIG_MAPPEDLOG_NBUFFERS && rc == 0; i++) {
         rc = wait_for(w, &w->buffers[i]);
     }
     return rc;
@@ -214,14 +214,14 @@ int mig_pagefile_flush(struct mig_pagefile_writer *w)
 /* ---- whole buffers -------------------------------------------------------------------------- */
 
 /* `page` may have been written before, and that may still be under way. */
-static bool is_under_way(const struct mig_pagefile_writer *w,
-                         const struct mig_pagefile_block *block, uint64_t page)
+static bool is_under_way(const struct mig_mappedlog_writer *w,
+                         const struct mig_mappedlog_block *block, uint64_t page)
 {
     if (!mig_bitmap_test_atomic(block->written, page)) {
         return false;
     }
-    for (size_t i = 0; i < MIG_PAGEFILE_NBUFFERS; i++) {
-        const struct mig_pagefile_buffer *b = &w->buffers[i];
+    for (size_t i = 0; i < MIG_MAPPEDLOG_NBUFFERS; i++) {
+        const struct mig_mappedlog_buffer *b = &w->buffers[i];
 
         if (b->block != block || (i != w->current && b->pending == 0)) {
             continue;
@@ -235,13 +235,13 @@ static bool is_under_way(const struct mig_pagefile_writer *w,
     return false;
 }
 
-static void note(const struct mig_pagefile_block *block, uint64_t page)
+static void note(const struct mig_mappedlog_block *block, uint64_t page)
 {
     mig_bitmap_set_atomic(block->written, page, 1);
     mig_bitmap_set_atomic(block->present, page, 1);
 }
 
-int mig_pagefile_room(struct mig_pagefile_writer *w, uint8_t **bytes)
+int mig_mappedlog_room(struct mig_mappedlog_writer *w, uint8_t **bytes)
 {
     int rc = w->buffers[w->current].npages ? next_buffer(w) : w->error;
 
@@ -249,10 +249,10 @@ int mig_pagefile_room(struct mig_pagefile_writer *w, uint8_t **bytes)
     return rc;
 }
 
-int mig_pagefile_write(struct mig_pagefile_writer *w, const struct mig_pagefile_block *block,
+int mig_mappedlog_write(struct mig_mappedlog_writer *w, const struct mig_mappedlog_block *block,
                        const uint64_t *page, size_t n)
 {
-    struct mig_pagefile_buffer *b = &w->buffers[w->current];
+    struct mig_mappedlog_buffer *b = &w->buffers[w->current];
 
     b->block = block;
     memcpy(b->page, page, n * sizeof(*page));
@@ -263,32 +263,59 @@ int mig_pagefile_write(struct mig_pagefile_writer *w, const struct mig_pagefile_
     return next_buffer(w);
 }
 
-/* ---- bursts --------------------------------------------------------------------------------- */
+/* ---- pages that come one by one ------------------------------------------------------------- */
 
-static int put_page(struct mig_pagefile_writer *w, const struct mig_pagefile_block *block,
-                    uint64_t page, const uint8_t *bytes)
+int mig_mappedlog_expect(struct mig_mappedlog_writer *w, const struct mig_mappedlog_block *block)
 {
-    struct mig_pagefile_buffer *b = &w->buffers[w->current];
+    struct mig_mappedlog_buffer *b = &w->buffers[w->current];
     int rc = w->error;
 
-    if (rc == 0 && is_under_way(w, block, page)) {
-        rc = mig_pagefile_flush(w);
-    } else if (rc == 0 && b->npages && (b->npages == w->capacity || b->block != block)) {
+    if (rc == 0 && b->npages && (b->npages == w->capacity || b->block != block)) {
         rc = next_buffer(w);
     }
+    return rc;
+}
+
+uint8_t *mig_mappedlog_slot(const struct mig_mappedlog_writer *w, size_t k)
+{
+    const struct mig_mappedlog_buffer *b = &w->buffers[w->current];
+
+    return b->npages + k < w->capacity ? b->bytes + (b->npages + k) * w->file->page_size : NULL;
+}
+
+bool mig_mappedlog_takes(const struct mig_mappedlog_writer *w,
+                        const struct mig_mappedlog_block *block, uint64_t page)
+{
+    return !is_under_way(w, block, page);
+}
+
+int mig_mappedlog_landed(struct mig_mappedlog_writer *w, const struct mig_mappedlog_block *block,
+                        uint64_t page)
+{
+    struct mig_mappedlog_buffer *b = &w->buffers[w->current];
+
+    b->block = block;
+    b->page[b->npages++] = page;
+    note(block, page);
+    return b->npages == w->capacity ? next_buffer(w) : 0;
+}
+
+/* ---- bursts --------------------------------------------------------------------------------- */
+
+static int put_page(struct mig_mappedlog_writer *w, const struct mig_mappedlog_block *block,
+                    uint64_t page, const uint8_t *bytes)
+{
+    int rc = is_under_way(w, block, page) ? mig_mappedlog_flush(w) : mig_mappedlog_expect(w, block);
+
     if (rc < 0) {
         return rc;
     }
-    b = &w->buffers[w->current];
-    b->block = block;
-    b->page[b->npages] = page;
-    memcpy(b->bytes + b->npages++ * w->file->page_size, bytes, w->file->page_size);
-    note(block, page);
-    return 0;
+    memcpy(mig_mappedlog_slot(w, 0), bytes, w->file->page_size);
+    return mig_mappedlog_landed(w, block, page);
 }
 
 /* What the file has of a page, into `bytes`. */
-static int read_back(struct mig_pagefile_writer *w, const struct mig_pagefile_block *block,
+static int read_back(struct mig_mappedlog_writer *w, const struct mig_mappedlog_block *block,
                      uint64_t page, uint8_t *bytes)
 {
     size_t page_size = w->file->page_size, got = 0;
@@ -300,7 +327,7 @@ static int read_back(struct mig_pagefile_writer *w, const struct mig_pagefile_bl
         return 0;
     }
     if (is_under_way(w, block, page)) {
-        rc = mig_pagefile_flush(w);
+        rc = mig_mappedlog_flush(w);
     }
     while (rc == 0 && got < page_size) {
         ssize_t n = pread(w->file->fd, bytes + got, page_size - got, (off_t)(at + (int64_t)got));
@@ -314,10 +341,10 @@ static int read_back(struct mig_pagefile_writer *w, const struct mig_pagefile_bl
     return rc;
 }
 
-static int put_record(struct mig_pagefile_writer *w, const struct mig_ram_parser *p,
+static int put_record(struct mig_mappedlog_writer *w, const struct mig_ram_parser *p,
                       const uint8_t *buf, size_t i, size_t *packed, uint8_t *scratch)
 {
-    const struct mig_pagefile_block *block = &w->file->blocks[p->current];
+    const struct mig_mappedlog_block *block = &w->file->blocks[p->current];
     size_t page_size = w->file->page_size;
     uint64_t page = p->page[i];
     int64_t rc;
@@ -341,9 +368,9 @@ static int put_record(struct mig_pagefile_writer *w, const struct mig_ram_parser
     return 0;
 }
 
-int mig_pagefile_put(struct mig_pagefile_writer *w, struct mig_ram_parser *p, const uint8_t *buf)
+int mig_mappedlog_put(struct mig_mappedlog_writer *w, struct mig_ram_parser *p, const uint8_t *buf)
 {
-    const struct mig_pagefile_block *block = &w->file->blocks[p->current];
+    const struct mig_mappedlog_block *block = &w->file->blocks[p->current];
     size_t page_size = w->file->page_size, packed = 0;
     uint8_t *scratch = NULL;
     int rc = 0;

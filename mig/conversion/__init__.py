@@ -1,0 +1,5 @@
+"""Captured VMs in other formats: stream, mapped-ram, raw memory, ELF core."""
+
+from mig.conversion.convert import Format, convert
+
+__all__ = ["Format", "convert"]

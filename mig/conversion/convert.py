@@ -1,0 +1,195 @@
+"""convert(): a captured VM in another format, or its memory alone."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing, contextmanager
+from enum import StrEnum
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mig.conversion.elf import core_of, memory_offset
+from mig.conversion.rawmemory import OtherMemory, main_block, write_memory
+from mig.conversion.x86 import MAIN_BLOCK, PageTables, Range, cpus_of, memory_ranges
+from mig.engine import IncomingMigration, OutgoingMigration
+from mig.errors import MismatchError, OptionError, UnsupportedError
+from mig.image import Image, MappedCapture, StreamCapture, open_image
+from mig.image.newfile import NewFile
+from mig.image.open import stream_capabilities
+from mig.options import Capability
+from mig.savevm.fields import decode_devices
+
+
+class Format(StrEnum):
+    """What a VM, or its memory, can be written as.
+
+    mapped-ram: QEMU 9.0 and later start from it; a place for every page
+    stream:     every QEMU starts from it
+    raw:        the bytes of one block, zero pages are holes
+    elf:        a core of a PC that gdb and crash read
+    """
+
+    MAPPED_RAM = "mapped-ram"
+    STREAM = "stream"
+    RAW = "raw"
+    ELF = "elf"
+
+
+def convert(
+    source: str | os.PathLike[str],
+    path: str | os.PathLike[str],
+    format: Format | str = Format.MAPPED_RAM,  # noqa: A002
+    *,
+    block: str | None = None,
+    memory: Mapping[str, str | os.PathLike[str]] | None = None,
+) -> None:
+    """Write the VM in ``source``, any image that open_image() takes, to ``path``.
+
+    Streams with what a file does not keep (XBZRLE, compressed pages, pages that come again) are
+    taken, too: what is written has each page once.
+
+    format: see Format
+    block:  the block that 'raw' writes; default: the longest, which is the machine's memory
+    memory: files with other contents of whole blocks, by their names: raw, or an ELF core as this
+            function makes it
+
+    The file appears, complete, at the end, or not at all. MigError: StreamError for what is wrong
+    with the source, MismatchError where there is no such block, or no PC for an ELF core.
+    """
+    try:
+        kind = Format(format)
+    except ValueError:
+        raise OptionError(f"format '{format}' is none of {', '.join(Format)}") from None
+    if block is not None and kind != Format.RAW:
+        raise OptionError("only raw memory is of one block")
+    if kind in _CAPTURES and not memory and _receive(source, path, kind):
+        return
+    files = {name: Path(file) for name, file in (memory or {}).items()}
+    places = {name: (file, memory_offset(file)) for name, file in files.items()}
+    with (
+        _opened(source, Path(path).parent) as image,
+        closing(OtherMemory(image, places)) as guest,
+    ):
+        if kind in _CAPTURES:
+            _send(guest, path, kind)
+        else:
+            with _written(path) as fd:
+                if kind == Format.RAW:
+                    _write_raw(guest, fd, block)
+                else:
+                    _write_core(image, guest, fd)
+
+
+_CAPTURES: dict[Format, Callable[..., MappedCapture | StreamCapture]] = {
+    Format.MAPPED_RAM: MappedCapture,
+    Format.STREAM: StreamCapture,
+}
+
+# ---- reading ------------------------------------------------------------------------------------
+
+
+def _receive(source: str | os.PathLike[str], path: str | os.PathLike[str], kind: Format) -> bool:
+    """Take a stream in, as from a source; False when it is a mapped-ram file."""
+    capabilities = set(stream_capabilities(source))
+    if Capability.MAPPED_RAM in capabilities:
+        return False
+    capture = _CAPTURES[kind](path)
+    incoming = IncomingMigration(capture, capabilities=capabilities & {Capability.X_IGNORE_SHARED})
+    name = os.fspath(source)
+    try:
+        incoming.listen(name if name.startswith("file:") else f"file:{name}")
+    except BaseException:
+        capture.abort()
+        raise
+    incoming.wait()
+    return True
+
+
+@contextmanager
+def _opened(source: str | os.PathLike[str], folder: Path) -> Iterator[Image]:
+    """Open an image; a stream with records that no image has is laid down anew first."""
+    try:
+        image = open_image(source)
+    except UnsupportedError:
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".mig-") as beside:
+            copy = Path(beside) / "vm"
+            convert(source, copy)
+            with open_image(copy) as image:
+                yield image
+        return
+    with image:
+        yield image
+
+
+# ---- writing ------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _written(path: str | os.PathLike[str]) -> Iterator[int]:
+    """A new file that appears when all is done."""
+    file = NewFile(path)
+    try:
+        with file.naming():
+            yield file.fd
+        file.commit()
+    except BaseException:
+        file.abort()
+        raise
+
+
+def _send(guest: OtherMemory, path: str | os.PathLike[str], kind: Format) -> None:
+    mapped = {Capability.MAPPED_RAM} if kind == Format.MAPPED_RAM else set()
+    shared = {Capability.X_IGNORE_SHARED} if guest.ignores_shared else set()
+    with _written(path) as fd:
+        outgoing = OutgoingMigration(
+            guest, capabilities=mapped | shared, parameters={"max-bandwidth": 0}
+        )
+        outgoing.start(f"file:/proc/self/fd/{fd}")
+        outgoing.wait()
+
+
+def _write_raw(guest: OtherMemory, fd: int, block: str | None) -> None:
+    blocks = guest.source_blocks()
+    found = [b for b in blocks if b.idstr == block] if block is not None else [main_block(blocks)]
+    if not found:
+        raise MismatchError("the image has no such block", block=block)
+    write_memory(fd, found[0], 0)
+
+
+def _write_core(image: Image, guest: OtherMemory, fd: int) -> None:
+    if image.devices is None:
+        raise MismatchError("the image does not describe its devices: no ELF core can be made")
+    devices = decode_devices(image.device_state)
+    memory = next((b for b in guest.source_blocks() if b.idstr == MAIN_BLOCK), None)
+    if memory is None:
+        raise MismatchError("the image is none of a PC", block=MAIN_BLOCK)
+    cpus, ranges = cpus_of(devices), memory_ranges(devices, memory.used_length)
+
+    def table(address: int) -> NDArray[np.uint64] | None:
+        page = guest.page(MAIN_BLOCK, _offset_of(address, ranges) // image.page_size)
+        return None if page is None else np.frombuffer(page, dtype="<u8")
+
+    # not every vCPU needs to have all of the kernel mapped
+    walks = (PageTables(cpu, table).kernel_mappings() for cpu in cpus)
+    core = core_of(cpus, ranges, max(walks, key=lambda mappings: sum(m.nbytes for m in mappings)))
+    _pwrite(fd, core.head)
+    write_memory(fd, memory, core.memory_offset)
+
+
+def _offset_of(address: int, ranges: tuple[Range, ...]) -> int:
+    """Return where a physical address is in the block; -1: it is no memory."""
+    for r in ranges:
+        if r.address <= address < r.address + r.nbytes:
+            return r.offset + address - r.address
+    return -1
+
+
+def _pwrite(fd: int, data: bytes) -> None:
+    rest, at = memoryview(data), 0
+    while rest:
+        written = os.pwrite(fd, rest, at)
+        rest, at = rest[written:], at + written
