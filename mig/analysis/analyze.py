@@ -9,9 +9,9 @@ from typing import BinaryIO, Final
 
 from mig.analysis.report import Analysis, Finding, Severity
 from mig.analysis.walk import StreamWalk
-from mig.channel.uri import FileUri, parse_uri
-from mig.errors import ChannelError, OptionError, StreamError
+from mig.errors import ChannelError, StreamError
 from mig.image.libvirt import HEADER_SIZE, MAX_DATA, SaveFormat, is_libvirt_save, parse_save
+from mig.image.open import split_name
 from mig.image.unpack import UnpackingSource, packing_of
 from mig.mapped import MappedFile
 from mig.stream.reader import StreamReader
@@ -29,7 +29,8 @@ def analyze(name: str | os.PathLike[str]) -> Analysis:
     the file cannot be read. Memory does not grow with the file, except for two bits a page of the
     guest and for its devices.
     """
-    path, offset = _path_of(name)
+    named, offset = split_name(name)
+    path = Path(named)
     try:
         with path.open("rb") as file:
             nbytes = os.fstat(file.fileno()).st_size
@@ -43,15 +44,6 @@ def analyze(name: str | os.PathLike[str]) -> Analysis:
             return analysis
     except OSError as error:
         raise ChannelError(f"{path}: {error.strerror or error}") from error
-
-
-def _path_of(name: str | os.PathLike[str]) -> tuple[Path, int]:
-    if isinstance(name, str) and name.startswith("file:"):
-        uri = parse_uri(name)
-        if not isinstance(uri, FileUri):
-            raise OptionError(f"'{name}' is not a file")
-        return Path(uri.path), uri.offset
-    return Path(name), 0
 
 
 def _analyze_file(file: BinaryIO, analysis: Analysis) -> None:

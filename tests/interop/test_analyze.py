@@ -140,6 +140,27 @@ def test_the_walk_agrees_with_a_slow_one(stream):
     agrees_with_a_slow_walk(mig.analyze(file), file)
 
 
+@pytest.mark.parametrize("offset", [0, 0x3000])
+def test_a_file_with_mapped_ram(lab, offset):
+    spec = lab.spec("q35", extra=(*DEVICES, "-S"))
+    source = lab.start("10.0", spec)
+    source.set_capabilities({"mapped-ram": True})
+    source.set_parameters({"max-bandwidth": 0})
+    uri = f"file:{lab.path('vm')},offset={offset:#x}"
+    source.migrate(uri)
+    assert source.wait_migration()["status"] == "completed"
+    found = mig.analyze(uri)
+    assert found.ok, found.findings
+    assert not found.findings
+    assert (found.format, found.start) == ("mapped-ram", offset)
+    with mig.open_image(uri) as image:
+        counts = {b.idstr: (b.data, b.zero) for b in image.blocks}
+    assert {b.idstr: (b.data_pages, b.zero_pages) for b in found.ram.blocks} == counts
+    assert counts["pc.bios"][0] > 0
+    assert len(found.devices) > 30
+    assert diff(uri, uri).equal
+
+
 def test_a_stream_of_differences(lab):
     spec = lab.spec("pc", "dirty", pattern="delta", fill_mib=16, dirty_kib=16384)
     source = lab.boot("10.0", spec)

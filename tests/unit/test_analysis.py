@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import analysis as oracle
 from reference import postcopy, ram, stream, xbzrle
+from reference.devicevalues import Made
 from reference.ram import Delta, Packed, Record
 from reference.stream import Device
-from reference.vmstate import Made
 
 import mig
 from mig import Analysis, analyze

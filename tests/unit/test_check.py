@@ -14,9 +14,9 @@ from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import stream
+from reference.devicevalues import Made
 from reference.ram import Record
 from reference.stream import Device
-from reference.vmstate import Made
 
 from mig import analyze
 from mig.analysis.check import Level, against_knowledge, against_target, check

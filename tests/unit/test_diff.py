@@ -11,15 +11,17 @@ from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import stream
+from reference.devicevalues import Made
 from reference.ram import Delta, Record
 from reference.stream import Device
-from reference.vmstate import Made
 
-from mig import _core
+from mig import MappedCapture, _core
 from mig.analysis import diff as diff_module
 from mig.analysis.diff import MISSING, diff
 from mig.cli import main
 from mig.errors import ChannelError, MigError
+from mig.savevm.load import StreamLoader
+from mig.stream.reader import StreamReader
 
 PAGE = 4096
 DEVICE = Device("0/uart", b"", 5)
@@ -78,6 +80,21 @@ def test_pages_that_differ(tmp_path):
     assert block.ranges == ((2, 1), (4, 3))
     (block,) = diff(b, a).blocks
     assert (block.same, block.differ, block.only_a, block.only_b) == (3 + 93, 1, 2, 1)
+
+
+def test_a_mapped_ram_file_is_compared_with_a_stream(tmp_path):
+    pages = {i: b"\1" * PAGE if i % 3 else 0 for i in range(100)}
+    a = written(tmp_path / "a", pages, uart(7))
+    capture = MappedCapture(tmp_path / "b")
+    data = StreamReader(data=a.read_bytes())
+    StreamLoader(data, capture, on_command=lambda command: None).run()
+    capture.commit()
+    found = diff(a, tmp_path / "b")
+    assert found.equal, found
+    assert found.blocks[0].same == 100
+    c = written(tmp_path / "c", {**pages, 3: b"\1" * PAGE, 4: 0}, uart(7))
+    (block,) = diff(c, tmp_path / "b").blocks
+    assert (block.differ, block.ranges) == (2, ((3, 2),))
 
 
 def test_fields_that_differ(tmp_path):
