@@ -360,6 +360,18 @@ def test_a_section_that_nothing_describes(look):
     assert found.device("new").section.payload == b"what"
 
 
+def test_all_the_ram_that_there_may_be(look):
+    """Noting its pages takes no memory before there are some."""
+    start = stream.header() + CONFIG + stream.ram_start(2, {"a": 1 << 44}) + stream.footer(2)
+    last = ram.encode([Record(b"a", (1 << 34) - 1, 0)], PAGE)
+    end = stream.ram_more(3, 2, last) + stream.footer(2) + stream.device_state([])
+    found = look(start + end)
+    # or the host refuses even that
+    if found.ram is not None:
+        assert found.ok
+        assert (found.ram.blocks[0].zero_pages, found.ram.total) == (1, 1 << 44)
+
+
 def test_things_behind_the_end(look):
     found = look(STREAM + b"more")
     assert found.ok

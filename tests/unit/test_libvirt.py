@@ -7,6 +7,8 @@ import gzip
 import io
 import lzma
 import struct
+import subprocess
+import sys
 import zlib
 from pathlib import Path
 
@@ -14,7 +16,7 @@ import pytest
 import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reference import stream
+from reference import ram, stream
 from reference.ram import Record
 from reference.stream import Device
 
@@ -236,6 +238,30 @@ def test_a_bomb_is_never_whole_in_memory(packing):
     for _ in range(100):
         assert source.readinto(data, 0, len(data)) == len(data)
     assert not any(data)
+
+
+_PEAK = """
+import re, sys, mig
+assert mig.analyze(sys.argv[1]).ok
+print(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1])
+"""
+
+
+@pytest.mark.parametrize("packing", [None, "zstd"])
+def test_memory_does_not_grow_with_the_file(path, packing):
+    peaks = []
+    for npages in (256, 12 << 10):
+        records = ram.encode([Record(b"pc.ram", 0, bytes([7]) * PAGE)], PAGE)
+        again = ram.encode([Record(b"pc.ram", 0, bytes([7]) * PAGE)], PAGE, b"pc.ram")
+        data = stream.header() + stream.ram_start(2, {"pc.ram": PAGE}) + stream.footer(2)
+        data += stream.ram_more(3, 2, records + again * (npages - 1)) + stream.footer(2)
+        data += stream.device_state([])
+        path.write_bytes(zstandard.compress(data) if packing else data)
+        command = [sys.executable, "-P", "-c", _PEAK, str(path)]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        peaks.append(int(done.stdout) << 10)
+    # of 48 MiB
+    assert peaks[1] - peaks[0] < 24 << 20
 
 
 def test_a_deflate_stream_without_end():
