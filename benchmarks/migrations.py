@@ -17,7 +17,7 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from operator import attrgetter
 from pathlib import Path
@@ -59,13 +59,25 @@ class Settings:
 
     def apply(self, qemu: Qemu, *, return_path: bool = True) -> None:
         """Tell a QEMU, which may have been told others before."""
-        on = {"return-path": return_path, "multifd": False}
+        others = ("multifd", "postcopy-ram", "postcopy-preempt", "mapped-ram")
+        # what QEMU 7.2 does not know it cannot have on either
+        on = {"return-path": return_path, **dict.fromkeys(self._known(qemu, others), False)}
         qemu.set_capabilities(on | dict.fromkeys(self.capabilities, True))
         qemu.set_parameters({**_USUAL, **self.parameters})
 
+    @staticmethod
+    def _known(qemu: Qemu, names: Iterable[str]) -> list[str]:
+        known = {c["capability"] for c in qemu.command("query-migrate-capabilities")}
+        return [name for name in names if name in known]
+
 
 #: QEMU's defaults of what some settings change, but for the limit on bandwidth
-_USUAL = {"max-bandwidth": 0, "multifd-channels": 2, "multifd-compression": "none"}
+_USUAL = {
+    "max-bandwidth": 0,
+    "max-postcopy-bandwidth": 0,
+    "multifd-channels": 2,
+    "multifd-compression": "none",
+}
 
 PLAIN = Settings()
 

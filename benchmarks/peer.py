@@ -6,6 +6,11 @@
     peer.py memory  URI OPTIONS FILE  be one with memory like that of the VM in FILE
     peer.py host    URI OPTIONS MIB   be a destination of a process guest, and let it run
     peer.py send    URI OPTIONS FILE  be the source of the VM in FILE, once a line comes from stdin
+    peer.py restore OPTIONS FILE URI...  have the VM in FILE run at all URIs, once a line comes from
+                                      stdin; another line: without limit on the background
+    peer.py touched URI OPTIONS FILE TOUCH  be a destination with memory like that of the VM in
+                                      FILE, whose guest is a thread that touches pages; TOUCH: JSON,
+                                      library, seconds and pause
     peer.py guest   MIB WORKLOAD      be a process guest, and its source when a line from stdin
                                       says so; WORKLOAD: JSON, arguments of ProcessGuest
     peer.py sink    URI SECONDS       take what comes over any number of connections, and hang up
@@ -21,6 +26,7 @@ from __future__ import annotations
 
 import bisect
 import contextlib
+import ctypes
 import itertools
 import json
 import mmap
@@ -211,6 +217,92 @@ def send(uri: str, options: str, file: str) -> None:
         _migrate(image, uri, options)
 
 
+def restore(options: str, file: str, *uris: str) -> None:
+    given = json.loads(options)
+    with mig.open_image(file) as image:
+        _ready()
+        sys.stdin.readline()
+        started = [mig.restore(image, uri, **given) for uri in uris]
+        threading.Thread(target=_hurry, args=(started,), daemon=True).start()
+        for restored in started:
+            restored.wait()
+        infos = [restored.query() for restored in started]
+        _report(
+            seconds=max(info.total_time or 0 for info in infos),
+            requests=sum(info.ram.postcopy_requests for info in infos),
+            **_spent(),
+        )
+
+
+def _hurry(restored: Sequence[mig.OutgoingMigration]) -> None:
+    for _ in sys.stdin:
+        for one in restored:
+            one.set_parameters({"max-postcopy-bandwidth": 0})
+
+
+class _Touching:
+    """A thread that touches pages of the VM in a file, once each and at random."""
+
+    def __init__(self, image: mig.StreamImage, touch: str) -> None:
+        given = json.loads(touch)
+        self._pause, self._seconds = given["pause"], given["seconds"]
+        self._library = ctypes.CDLL(given["library"])
+        block = max(image.source_blocks(), key=lambda b: b.used_length)
+        self._idstr = block.idstr
+        index = np.arange(block.pages.npages, dtype=np.uint64)
+        zero, _ = _core.KERNELS.zero_pages(block.pages, index)
+        zero.complement()
+        data = zero.indexes()
+        rng = np.random.default_rng(1)
+        self._offsets = rng.permutation(data) * np.uint64(image.page_size)
+        self._took = np.zeros(len(self._offsets), dtype=np.uint64)
+        self._count = 0
+        self._thread = threading.Thread(target=self._run)
+        self._memory = 0
+
+    def begin(self, memory: mig.GuestMemory) -> None:
+        self._memory = memory[self._idstr].pages.hva
+        self._thread.start()
+
+    def _run(self) -> None:
+        # without the GIL, which those who bring the page need
+        touch = self._library.touch_pages
+        touch.restype = ctypes.c_size_t
+        self._count = touch(
+            ctypes.c_void_p(self._memory),
+            ctypes.c_void_p(self._offsets.ctypes.data),
+            ctypes.c_size_t(len(self._offsets)),
+            ctypes.c_uint64(int(self._pause * 1e9)),
+            ctypes.c_uint64(int(self._seconds * 1e9)),
+            ctypes.c_void_p(self._took.ctypes.data),
+        )
+
+    def end(self) -> list[float]:
+        """Return microseconds of every touch."""
+        self._thread.join()
+        return [float(took) / 1000 for took in self._took[: self._count]]
+
+
+def touched(uri: str, options: str, file: str, touch: str) -> None:
+    with mig.open_image(file) as image:
+        machine, blocks = image.machine or "", image.blocks
+        ram = mig.GuestMemory(image.page_size)
+        touching = _Touching(image, touch)
+    for block in blocks:
+        ram.add(block.idstr, block.used_length)
+    guest = _MemoryOnly(machine, ram, on_resume=lambda: touching.begin(ram))
+    incoming = mig.IncomingMigration(guest, **json.loads(options))
+    incoming.listen(uri)
+    _ready()
+    incoming.wait()
+    times = guest.postcopy_times()
+    _report(
+        touches=touching.end(),
+        seen=[times.percentile(share) for share in (0.5, 0.99)],
+        **_spent(),
+    )
+
+
 def guest(mib: str, workload: str) -> None:
     given = json.loads(workload)
     if given["dirty"] == "tracked":
@@ -334,6 +426,8 @@ _ROLES: dict[str, Callable[..., None]] = {
     "memory": memory,
     "host": host,
     "send": send,
+    "restore": restore,
+    "touched": touched,
     "guest": guest,
     "sink": sink,
     "warm": warm,

@@ -87,6 +87,45 @@ def _live(benchmarks: list[Benchmark]) -> Iterator[str]:
     yield from _table(head, rows)
 
 
+def _is_snapshot(benchmark: Benchmark) -> bool:
+    return "snapshot" in benchmark["extra_info"]
+
+
+def _snapshots(benchmarks: list[Benchmark]) -> Iterator[str]:
+    yield "## Background snapshots"
+    yield ""
+    yield (
+        "A guest of this process whose thread writes random pages of all its memory, saved to a "
+        "file in memory (capability background-snapshot). Beside each round it is stopped, saved "
+        "to the same file, and resumed: the last column. Written: what it dirties in a second "
+        "while it is left alone, and while it is saved; faults: its writes that had to wait for "
+        "the copy of their page."
+    )
+    yield ""
+    rows = []
+    for b in benchmarks:
+        info = b["extra_info"]
+        said = info["snapshot"]
+        rows.append(
+            [
+                f"{info['rate'] >> 20} MiB/s" if info["rate"] else "no limit",
+                f"{info['memory'] >> 20} MiB",
+                _time(b["stats"]["median"]),
+                f"{said['faults']:.0f}",
+                f"{said['alone'] / 1e6:.0f} MB/s",
+                f"{said['during'] / 1e6:.0f} MB/s",
+                f"**{said['during'] / said['alone']:.2f}**",
+                _time(said["pause"]),
+                _time(info["longest_pause"]),
+                _time(said["stand still"]),
+                f"**{said['stand still'] / said['pause']:.0f}**",
+            ]
+        )
+    head = ["writes", "memory", "total time", "faults", "written alone", "written meanwhile"]
+    head += ["meanwhile / alone", "pause", "worst", "stopped and saved", "x shorter"]
+    yield from _table(head, rows)
+
+
 def _limits_rate(benchmark: Benchmark) -> bool:
     return "cap" in benchmark["extra_info"]
 
@@ -194,6 +233,93 @@ def _rates(benchmarks: list[Benchmark]) -> Iterator[str]:
             )
     head = ["cap", "channels", "source", "seconds within 2 %", "off by, median", "worst"]
     yield from _table(head, rows)
+
+
+def _ticks(benchmark: Benchmark) -> bool:
+    return "first tick" in benchmark["extra_info"]
+
+
+def _first_ticks(benchmarks: list[Benchmark]) -> Iterator[str]:
+    peers = list(dict.fromkeys(peer for b in benchmarks for peer in _peers(b)))
+    yield "## The first tick of a guest that was kept"
+    yield ""
+    yield (
+        "A fresh QEMU waits; how long after the connection (with `file:` and mapped-ram after QMP "
+        "migrate-incoming, with `mig send` after the start of the command, which also opens the "
+        "file) its guest says that it ticks, which it does every "
+        f"{_time(benchmarks[0]['extra_info']['tick'])}. The memory does not compress; the files "
+        "are in the page cache. A factor (x) above 1: mig is faster."
+    )
+    yield ""
+    rows = []
+    for b in benchmarks:
+        info = b["extra_info"]
+        row = [f"{info['memory'] >> 20} MiB", _time(b["stats"]["median"]), _time(info["worst"])]
+        for peer in peers:
+            row.append(_time(info[f"seconds {peer}"]) if f"seconds {peer}" in info else "")
+        for peer in peers:
+            row.append(f"**{info[f'ratio {peer}']:.1f}**" if f"ratio {peer}" in info else "")
+        rows.append(row)
+    head = ["memory", "mig", "worst", *peers, *(f"{peer} x" for peer in peers)]
+    yield from _table(head, rows)
+
+
+def _restores_many(benchmark: Benchmark) -> bool:
+    return "restores" in benchmark["extra_info"]
+
+
+def _many(benchmarks: list[Benchmark]) -> Iterator[str]:
+    for b in benchmarks:
+        info = b["extra_info"]
+        yield f"## {info['restores']} restores at the same time"
+        yield ""
+        yield (
+            f"Guests of {info['memory'] >> 20} MiB from one file; medians over the rounds. One "
+            "process of mig serves all; each QEMU loads the file for itself. Whole: until all "
+            "guests had all of their memory."
+        )
+        yield ""
+        figures = ("first", "middle", "last", "whole")
+        names = ["mig", *_peers(b)]
+        rows = [[name, *(_time(info[f"{what} {name}"]) for what in figures)] for name in names]
+        yield from _table(["", "first tick: first guest", "middle", "last", "whole"], rows)
+
+
+def _faults(benchmark: Benchmark) -> bool:
+    return "faults" in benchmark["extra_info"]
+
+
+def _latencies(benchmarks: list[Benchmark]) -> Iterator[str]:
+    yield "## Pages that are waited for"
+    yield ""
+    yield (
+        "How long a touch of a page takes that is not there yet, at random, every 0.5 ms, while "
+        "the others come in the background: slow (max-postcopy-bandwidth 4 MiB/s) or full (no "
+        "limit). A QEMU guest measures it itself, under the emulator; in mig a thread does, and "
+        "`seen` is what mig's fault thread has. A QEMU with a limit on bandwidth sends what was "
+        "asked for at the end of a slice of 100 ms."
+    )
+    yield ""
+    rows = []
+    for b in benchmarks:
+        info = b["extra_info"]
+        for name in ("mig", *_peers(b)):
+            seen = [info.get(f"seen {share} {name}") for share in ("p50", "p99")]
+            rows.append(
+                [
+                    "mig to mig" if name == "mig" else name,
+                    info["faults"],
+                    "yes" if info["preempt"] else "no",
+                    f"{info[f'waits {name}']}",
+                    _time(info[f"p50 {name}"]),
+                    _time(info[f"p99 {name}"]),
+                    *("" if value is None else _time(value) for value in seen),
+                    f"**{info[f'p50 {name}'] / info['p50 mig']:.2f}**",
+                    f"**{info[f'p99 {name}'] / info['p99 mig']:.2f}**",
+                ]
+            )
+    head = ["from, to", "background", "preempt", "touches", "p50", "p99"]
+    yield from _table([*head, "seen p50", "seen p99", "p50 x", "p99 x"], rows)
 
 
 def _kernel_row(benchmark: Benchmark, rates: bool, peers: list[str]) -> Iterator[str]:
@@ -308,8 +434,14 @@ def report(results: list[dict[str, Any]]) -> Iterator[str]:
     convergence = [b for b in benchmarks if _converges(b)]
     rates = [b for b in benchmarks if _limits_rate(b)]
     live = [b for b in benchmarks if _is_live(b)]
-    kernels = [b for b in benchmarks if b not in migrations + legs + rates + live + convergence]
+    snapshots = [b for b in benchmarks if _is_snapshot(b)]
+    ticks = [b for b in benchmarks if _ticks(b)]
+    many = [b for b in benchmarks if _restores_many(b)]
+    faults = [b for b in benchmarks if _faults(b)]
+    others = migrations + legs + rates + live + convergence + snapshots + ticks + many + faults
+    kernels = [b for b in benchmarks if b not in others]
     versions = {peer for b in migrations + rates for peer in _peers(b)}
+    versions |= {" ".join(p.split()[:2]) for b in ticks for p in _peers(b) if p.startswith("QEMU")}
     versions |= {b["extra_info"]["beside"] for b in legs}
     yield "# Benchmarks"
     yield ""
@@ -330,6 +462,10 @@ def report(results: list[dict[str, Any]]) -> Iterator[str]:
         (_rates, rates),
         (_live, live),
         (_convergence, convergence),
+        (_snapshots, snapshots),
+        (_first_ticks, ticks),
+        (_many, many),
+        (_latencies, faults),
         (_kernels, kernels),
     )
     for part, chosen in parts:

@@ -94,15 +94,15 @@ int mig_uffd_open(struct mig_uffd *u, struct mig_uffd_block *blocks, size_t nblo
     u->nblocks = nblocks;
     u->page_size = page_size;
     u->reply = reply;
-    u->stop_fd = -1;
+    u->news_fd = -1;
     u->fd = mig_track_userfaultfd(UFFD_FEATURE_THREAD_ID, false);
     rc = u->fd < 0 ? u->fd : open_locks(u);
     if (rc == 0) {
         rc = make_room(u);
     }
     if (rc == 0) {
-        u->stop_fd = eventfd(0, EFD_CLOEXEC);
-        rc = u->stop_fd < 0 ? -errno : mig_uffd_start(u);
+        u->news_fd = eventfd(0, EFD_CLOEXEC);
+        rc = u->news_fd < 0 ? -errno : mig_uffd_start(u);
     }
     for (; rc == 0 && u->nregistered < nblocks; u->nregistered += rc == 0) {
         rc = register_block(u, blocks + u->nregistered);
@@ -139,12 +139,16 @@ void mig_uffd_close(struct mig_uffd *u)
 {
     unregister_blocks(u);
     if (u->has_thread) {
-        eventfd_write(u->stop_fd, 1);
+        pthread_mutex_lock(&u->lock);
+        u->stopping = true;
+        u->nclients = 0;
+        pthread_mutex_unlock(&u->lock);
+        eventfd_write(u->news_fd, 1);
         pthread_join(u->thread, NULL);
         u->has_thread = false;
     }
     close_fd(&u->fd);
-    close_fd(&u->stop_fd);
+    close_fd(&u->news_fd);
     if (u->has_lock) {
         pthread_cond_destroy(&u->arrived);
         pthread_mutex_destroy(&u->lock);
@@ -231,6 +235,7 @@ int mig_uffd_place(struct mig_uffd *u, size_t number, uint64_t unit, const uint8
         u->nwanted--;
         pthread_cond_broadcast(&u->arrived);
         mig_waits_end(&u->waits, start, mig_uffd_now());
+        mig_uffd_wake_clients(u, number, unit);
     }
     pthread_mutex_unlock(&u->lock);
     return 0;

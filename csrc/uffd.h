@@ -4,6 +4,7 @@
  * comes. None of them needs Python, whose lock the one who stopped may hold.
  *
  *   uffd.c        memory: discard, register, place
+ *   uffdclients.c other processes that map the same memory
  *   uffdfaults.c  the fault thread, and what it asks for
  *   uffdtimes.c   how long who waited
  *   uffdlisten.c  reads one connection and places its pages */
@@ -96,8 +97,26 @@ struct mig_uffd_block {
     bool huge;          /* the kernel is to make huge pages of it afterwards */
 };
 
+enum { MIG_UFFD_CLIENTS = 62 };
+
+/* Part of a block as another process maps it; in whole units. */
+struct mig_uffd_mapping {
+    size_t block;
+    uint64_t offset, nbytes; /* in the block */
+    uint64_t address;        /* there */
+};
+
+/* Another process, which waits at a userfaultfd of its own. */
+struct mig_uffd_client {
+    int fd;
+    struct mig_uffd_mapping *mappings;
+    size_t nmappings;
+    bool broken;
+};
+
 struct mig_uffd {
-    int fd, stop_fd;
+    int fd;
+    int news_fd; /* there is something new in what the fault thread has to do */
     struct mig_uffd_block *blocks;
     size_t nblocks, nregistered;
     size_t page_size;
@@ -115,6 +134,9 @@ struct mig_uffd {
     /* Until it is settled that the guest runs here, who waits may be who loads its devices, with
      * Python's lock: when nobody is left to bring the page, memory is given up. */
     bool settled, given_up;
+    bool stopping;
+    struct mig_uffd_client *clients[MIG_UFFD_CLIENTS];
+    size_t nclients;
 };
 
 /* 0 when it works here; -EOPNOTSUPP, -ENOSYS, -EPERM as mig_track_probe(). */
@@ -149,6 +171,21 @@ void mig_uffd_leave(struct mig_uffd *u);
 /* Whether pages may still come. */
 void mig_uffd_interrupt(struct mig_uffd *u, bool on);
 int64_t mig_uffd_now(void);
+
+/* ---- other processes -------------------------------------------------------------------------- */
+
+/* Takes a copy of a userfaultfd: 0, -EINVAL when it is none, -errno. */
+int mig_uffd_client_open(struct mig_uffd_client *client, int fd);
+/* Memory of its mappings is as any other there; who waits finds what is there. Twice is once. */
+void mig_uffd_client_close(struct mig_uffd_client *client);
+/* Serves its faults: 0, or -ENOSPC. Any thread, as the next one. */
+int mig_uffd_add_client(struct mig_uffd *u, struct mig_uffd_client *client);
+void mig_uffd_remove_client(struct mig_uffd *u, struct mig_uffd_client *client);
+/* The caller of these holds the lock. */
+bool mig_uffd_has_client(const struct mig_uffd *u, const struct mig_uffd_client *client);
+bool mig_uffd_client_find(const struct mig_uffd *u, const struct mig_uffd_client *client,
+                          uint64_t address, size_t *block, uint64_t *unit);
+void mig_uffd_wake_clients(const struct mig_uffd *u, size_t block, uint64_t unit);
 
 /* ---- reading a connection -------------------------------------------------------------------- */
 

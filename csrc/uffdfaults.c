@@ -4,6 +4,7 @@
 #include <linux/userfaultfd.h>
 #include <poll.h>
 #include <signal.h>
+#include <sys/eventfd.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -120,11 +121,26 @@ static size_t add_run(struct run *runs, size_t n, size_t block, uint64_t unit)
     return n + 1;
 }
 
+/* A unit that is not there: asked for once, whoever waits. */
+static size_t want(struct mig_uffd *u, size_t number, uint64_t unit, struct run *runs, size_t n)
+{
+    struct mig_uffd_block *block = u->blocks + number;
+
+    if (mig_bitmap_test(block->wanted, unit)) {
+        return n;
+    }
+    mig_bitmap_put(block->wanted, unit);
+    u->nwanted++;
+    u->nasked++;
+    pthread_cond_broadcast(&u->arrived);
+    return add_run(runs, n, number, unit);
+}
+
 static size_t note(struct mig_uffd *u, const struct uffd_msg *msg, struct run *runs, size_t n)
 {
     uint64_t address = msg->arg.pagefault.address, unit;
     int64_t number = find_block(u, address);
-    struct mig_uffd_block *block;
+    const struct mig_uffd_block *block;
 
     if (msg->event != UFFD_EVENT_PAGEFAULT || number < 0) {
         return n;
@@ -137,14 +153,26 @@ static size_t note(struct mig_uffd *u, const struct uffd_msg *msg, struct run *r
     }
     mig_waits_begin(&u->waits, (uintptr_t)block->base + unit * block->unit,
                     msg->arg.pagefault.feat.ptid, mig_uffd_now());
-    if (mig_bitmap_test(block->wanted, unit)) {
+    return want(u, (size_t)number, unit, runs, n);
+}
+
+/* The same of another process, whose waits are not counted: it is no vCPU. */
+static size_t note_client(struct mig_uffd *u, const struct mig_uffd_client *client,
+                          const struct uffd_msg *msg, struct run *runs, size_t n)
+{
+    uint64_t unit;
+    size_t number;
+
+    if (msg->event != UFFD_EVENT_PAGEFAULT ||
+        !mig_uffd_client_find(u, client, msg->arg.pagefault.address, &number, &unit)) {
         return n;
     }
-    mig_bitmap_put(block->wanted, unit);
-    u->nwanted++;
-    u->nasked++;
-    pthread_cond_broadcast(&u->arrived);
-    return add_run(runs, n, (size_t)number, unit);
+    if (is_received(u, u->blocks + number, unit)) {
+        mig_uffd_supply(u, u->blocks + number, unit);
+        mig_uffd_wake_clients(u, number, unit);
+        return n;
+    }
+    return want(u, number, unit, runs, n);
 }
 
 static int ask_run(struct mig_uffd *u, const struct run *run)
@@ -163,30 +191,77 @@ static int ask_run(struct mig_uffd *u, const struct run *run)
     return 0;
 }
 
+/* One that only ever polls as broken would never let the thread wait. */
+static bool is_broken(const struct mig_uffd_client *client)
+{
+    struct pollfd fd = {.fd = client->fd, .events = POLLIN};
+
+    return poll(&fd, 1, 0) > 0 && (fd.revents & ~POLLIN);
+}
+
+/* What one userfaultfd has to tell; client: whose it is, NULL: this process's own. */
+static void serve(struct mig_uffd *u, struct mig_uffd_client *client)
+{
+    struct uffd_msg messages[MAX_MESSAGES];
+    struct run runs[MAX_MESSAGES];
+    size_t nruns = 0;
+    ssize_t got = 0;
+
+    pthread_mutex_lock(&u->lock);
+    if (client == NULL) {
+        got = read(u->fd, messages, sizeof(messages));
+    } else if (mig_uffd_has_client(u, client)) {
+        client->broken = is_broken(client);
+        got = client->broken ? 0 : read(client->fd, messages, sizeof(messages));
+    }
+    for (size_t i = 0; got > 0 && i < (size_t)got / sizeof(*messages); i++) {
+        nruns = client ? note_client(u, client, messages + i, runs, nruns)
+                       : note(u, messages + i, runs, nruns);
+    }
+    pthread_mutex_unlock(&u->lock);
+    /* while the source does not read, pages that are on their way can still be placed */
+    for (size_t i = 0; i < nruns; i++) {
+        (void)ask_run(u, runs + i);
+    }
+}
+
 static void *serve_all(void *argument)
 {
     struct mig_uffd *u = argument;
-    struct pollfd fds[2] = {{.fd = u->fd, .events = POLLIN}, {.fd = u->stop_fd, .events = POLLIN}};
-    struct uffd_msg messages[MAX_MESSAGES];
-    struct run runs[MAX_MESSAGES];
+    struct mig_uffd_client *clients[MIG_UFFD_CLIENTS];
+    struct pollfd fds[2 + MIG_UFFD_CLIENTS];
 
     for (;;) {
-        size_t nruns = 0;
-        ssize_t got;
+        size_t n = 0;
+        bool stopping;
 
-        poll(fds, 2, -1);
-        if (fds[1].revents) {
-            return NULL;
-        }
-        got = read(u->fd, messages, sizeof(messages));
         pthread_mutex_lock(&u->lock);
-        for (size_t i = 0; got > 0 && i < (size_t)got / sizeof(*messages); i++) {
-            nruns = note(u, messages + i, runs, nruns);
+        stopping = u->stopping;
+        for (size_t i = 0; i < u->nclients; i++) {
+            if (!u->clients[i]->broken) {
+                fds[2 + n] = (struct pollfd){.fd = u->clients[i]->fd, .events = POLLIN};
+                clients[n++] = u->clients[i];
+            }
         }
         pthread_mutex_unlock(&u->lock);
-        /* while the source does not read, pages that are on their way can still be placed */
-        for (size_t i = 0; i < nruns; i++) {
-            (void)ask_run(u, runs + i);
+        if (stopping) {
+            return NULL;
+        }
+        fds[0] = (struct pollfd){.fd = u->fd, .events = POLLIN};
+        fds[1] = (struct pollfd){.fd = u->news_fd, .events = POLLIN};
+        poll(fds, 2 + n, -1);
+        if (fds[1].revents) {
+            eventfd_t count;
+
+            eventfd_read(u->news_fd, &count);
+        }
+        if (fds[0].revents) {
+            serve(u, NULL);
+        }
+        for (size_t i = 0; i < n; i++) {
+            if (fds[2 + i].revents) {
+                serve(u, clients[i]);
+            }
         }
     }
 }

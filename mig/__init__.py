@@ -38,11 +38,14 @@ from mig.analysis import Analysis, analyze
 from mig.conversion import convert
 from mig.dirty import DirtyLog, SharedDirtyLog, WriteTracker
 from mig.engine import (
+    AfterPasses,
     Blockers,
     IncomingMigration,
     Moment,
     OutgoingMigration,
     Patient,
+    Retry,
+    WhenStuck,
     restore,
 )
 from mig.errors import MigError
@@ -51,6 +54,7 @@ from mig.image import (
     Image,
     MappedCapture,
     MappedImage,
+    OrderFile,
     StreamCapture,
     StreamImage,
     open_image,
@@ -68,6 +72,7 @@ except _PackageNotFoundError:
     __version__ = "0+unknown"
 
 __all__ = [
+    "AfterPasses",
     "Analysis",
     "Bitmap",
     "Blockers",
@@ -83,17 +88,20 @@ __all__ = [
     "MemoryGuest",
     "MigError",
     "Moment",
+    "OrderFile",
     "OutgoingMigration",
     "Parameters",
     "Patient",
     "ProcessGuest",
     "RamBlock",
+    "Retry",
     "SharedDirtyLog",
     "SourceGuest",
     "Status",
     "StreamCapture",
     "StreamImage",
     "UnpluggingGuest",
+    "WhenStuck",
     "WriteTracker",
     "XbzrleCache",
     "__version__",

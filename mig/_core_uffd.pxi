@@ -50,6 +50,9 @@ cdef extern from "uffd.h" nogil:
         uint64_t nwanted
         uint64_t nasked
 
+    int mig_uffd_add_client(mig_uffd *u, mig_uffd_client *client)
+    void mig_uffd_remove_client(mig_uffd *u, mig_uffd_client *client)
+
     int mig_uffd_probe()
     int mig_uffd_discard(uint8_t *at, size_t nbytes, bint anonymous)
     int mig_uffd_open(mig_uffd *u, mig_uffd_block *blocks, size_t nblocks, size_t page_size,
@@ -176,6 +179,7 @@ cdef class FaultServer:
     cdef mig_uffd c
     cdef mig_uffd_block *blocks
     cdef list kept
+    cdef list clients
     cdef PageRequests requests
     cdef size_t largest
     cdef bint opened
@@ -187,6 +191,7 @@ cdef class FaultServer:
         cdef int rc
         self.requests = requests
         self.kept = []
+        self.clients = []
         self.blocks = <mig_uffd_block *>calloc(nblocks or 1, sizeof(mig_uffd_block))
         if self.blocks == NULL:
             raise MemoryError
@@ -268,6 +273,46 @@ cdef class FaultServer:
             raise ValueError("the memory is served no more")
         return 0
 
+    def add_client(self, FaultClient client not None):
+        """Serve another process, too, until close(); OSError when there are too many.
+
+        ValueError for what it does not map in whole pieces.
+        """
+        cdef mig_uffd_mapping *mapping
+        cdef size_t i, number
+        cdef int rc
+        self.check_open()
+        if client.served or client.c.fd < 0:
+            raise ValueError("the client is served, or has ended, already")
+        names = [name for name, _, _ in self.kept]
+        for i, (name, _, _, _) in enumerate(client.mappings):
+            mapping = client.c.mappings + i
+            if name not in names:
+                raise ValueError(f"there is no block {name!r}")
+            number = names.index(name)
+            nbytes = self.blocks[number].npages * self.c.page_size
+            if mapping.nbytes == 0 or mapping.offset > nbytes \
+                    or mapping.nbytes > nbytes - mapping.offset:
+                raise ValueError(f"block {name!r} has {nbytes} bytes")
+            if ((mapping.offset | mapping.nbytes) % self.blocks[number].unit
+                    or mapping.address % <size_t>_mmap.PAGESIZE):
+                raise ValueError(f"block {name!r} has pages of {self.blocks[number].unit}")
+            mapping.block = number
+        with nogil:
+            rc = mig_uffd_add_client(&self.c, &client.c)
+        check_track(rc)
+        client.served = True
+        self.clients.append(client)
+
+    def remove_client(self, FaultClient client not None):
+        """Serve it no more; without effect when it is not served here."""
+        if client not in self.clients:
+            return
+        with nogil:
+            mig_uffd_remove_client(&self.c, &client.c)
+        client.served = False
+        self.clients.remove(client)
+
     def await_readers(self, size_t n, timeout=None):
         """Wait until so many connections are being read without Python's lock; whether they are.
 
@@ -332,6 +377,8 @@ cdef class FaultServer:
             with nogil:
                 mig_uffd_close(&self.c)
             self.opened = False
+        while self.clients:
+            (<FaultClient>self.clients.pop()).served = False
         for _, pages, _ in self.kept:
             pages.unpin()
         self.kept = []

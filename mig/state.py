@@ -144,6 +144,9 @@ INCOMING: Final[Table] = {
     (Status.SETUP, Input.FAIL): Status.FAILED,
     (Status.ACTIVE, Input.FAIL): Status.FAILED,
     (Status.POSTCOPY_ACTIVE, Input.FAIL): Status.FAILED,
+    # only where the owner gives the guest up
+    (Status.POSTCOPY_PAUSED, Input.FAIL): Status.FAILED,
+    (Status.POSTCOPY_RECOVER, Input.FAIL): Status.FAILED,
     (Status.SETUP, Input.CANCEL): Status.CANCELLING,
     (Status.ACTIVE, Input.CANCEL): Status.CANCELLING,
     (Status.CANCELLING, Input.CANCEL): Status.CANCELLING,

@@ -237,6 +237,20 @@ _DEAF: Final = frozenset({"completed", "failed", "cancelled"})
 
 
 @dataclass(frozen=True, slots=True)
+class SnapshotStats:
+    """Statistics of a background snapshot.
+
+    pause:  seconds that the guest stood still, None before
+    faults: pages that had to be copied because the guest wrote to them
+    waits:  how often a write had to wait because too many copies waited to be sent
+    """
+
+    pause: float | None
+    faults: int
+    waits: int
+
+
+@dataclass(frozen=True, slots=True)
 class MigrationInfo:
     """What query() returns (MigrationInfo); None or empty until it is known.
 
@@ -255,9 +269,12 @@ class MigrationInfo:
     blocked_reasons:         why the guest cannot be migrated
     postcopy_blocktime:      seconds that all vCPUs together waited for pages
     postcopy_vcpu_blocktime: seconds that each vCPU waited for pages
+    postcopy_latencies:      of single waits for pages: (below so many seconds, how many); QEMU has
+                             none before 10.1
     socket_address:          what the destination listens on
     dirty_limit_throttle_time_per_round: seconds that dirty-limit stops a vCPU at most per round
     dirty_limit_ring_full_time:          seconds in which the guest fills the dirty ring
+    snapshot:                statistics of a background snapshot, None of any other migration
     """
 
     status: Status
@@ -276,9 +293,11 @@ class MigrationInfo:
     blocked_reasons: tuple[str, ...] = ()
     postcopy_blocktime: float | None = None
     postcopy_vcpu_blocktime: tuple[float, ...] = ()
+    postcopy_latencies: tuple[tuple[float, int], ...] = ()
     socket_address: tuple[InetAddress | UnixAddress, ...] = ()
     dirty_limit_throttle_time_per_round: float | None = None
     dirty_limit_ring_full_time: float | None = None
+    snapshot: SnapshotStats | None = None
 
     @property
     def throughput(self) -> float | None:

@@ -12,9 +12,15 @@
  *
  * Boot parameters, which the kernel hands over as environment variables:
  *   migmib=N         MiB to fill and check (default 32)
- *   migmode=MODE     idle (read only, the default) or dirty
+ *   migmode=MODE     idle (read only, the default), dirty or touch
  *   migdirtykib=N    KiB rewritten each second in dirty mode (default 1024)
+ *   migtouchus=N     microseconds between two touches in touch mode (default 500)
+ *   migtickms=N      milliseconds between two reports (default 200)
  *   migpattern=NAME  random (default), sparse, delta or compressible
+ *
+ * touch reads a word of one page after the other, at random, and reports how
+ * many microseconds each touch took that was slow: after a migration in
+ * postcopy these are the pages that had to be waited for.
  *
  * random: nothing to compress, no zero pages.
  * sparse: zero pages, pages with one word set, repetitive and random pages;
@@ -43,6 +49,7 @@ enum { PAGE_BYTES = 4096, PAGE_WORDS = PAGE_BYTES / 8, PAGES_PER_MIB = 256 };
 
 #define NSEC_PER_SEC 1000000000UL
 #define NSEC_PER_MSEC 1000000UL
+#define NSEC_PER_USEC 1000UL
 
 /* Long enough that an idle guest hardly runs. */
 #define IDLE_SLICE (50 * NSEC_PER_MSEC)
@@ -50,7 +57,9 @@ enum { PAGE_BYTES = 4096, PAGE_WORDS = PAGE_BYTES / 8, PAGES_PER_MIB = 256 };
 #define DIRTY_SLICE (10 * NSEC_PER_MSEC)
 /* Work owed after a pause is dropped beyond this, so that ticks stay regular. */
 #define MOST_OWED (100 * NSEC_PER_MSEC)
-#define TICK_INTERVAL (200 * NSEC_PER_MSEC)
+#define TICK_MSEC 200
+/* A touch of memory that is there takes an emulated guest a few microseconds. */
+#define SLOW_TOUCH (20 * NSEC_PER_USEC)
 /* A little under the two seconds promised for a full sweep. */
 #define SWEEP_INTERVAL (1700 * NSEC_PER_MSEC)
 /* Larger memories are swept at the pace of this size, to spare the host. */
@@ -59,6 +68,9 @@ enum { PAGE_BYTES = 4096, PAGE_WORDS = PAGE_BYTES / 8, PAGES_PER_MIB = 256 };
 enum { REPORTS_AT_MOST = 8 };
 
 enum pattern { PATTERN_RANDOM, PATTERN_SPARSE, PATTERN_DELTA, PATTERN_COMPRESSIBLE };
+
+/* As the names of migmode go. */
+enum mode { MODE_IDLE, MODE_DIRTY, MODE_TOUCH };
 
 struct timespec {
     i64 sec;
@@ -80,6 +92,10 @@ struct guest {
     u64 dirty_owed; /* in page nanoseconds: what a rate times a duration gives */
     u64 sweep_owed;
 
+    u64 touch_interval; /* nanoseconds; 0 unless in touch mode */
+    u64 touched;
+
+    u64 tick_interval;
     u64 tick;
     u64 checked;
     u64 bad;
@@ -401,12 +417,26 @@ static void report(struct guest *guest)
     put_line(&line);
 }
 
+/* Whether it is time for a report; then it has been made. */
+static int report_in_time(struct guest *guest, u64 time, u64 *next_tick)
+{
+    if (time < *next_tick)
+        return 0;
+    report(guest);
+    *next_tick += guest->tick_interval;
+    if (*next_tick < time)
+        *next_tick = time + guest->tick_interval;
+    return 1;
+}
+
 __attribute__((noreturn)) static void run(struct guest *guest)
 {
     u64 slice = guest->dirty_rate ? DIRTY_SLICE : IDLE_SLICE;
     u64 last = now();
     u64 next_tick = last;
 
+    if (slice > guest->tick_interval)
+        slice = guest->tick_interval;
     for (;;) {
         u64 time;
 
@@ -414,11 +444,41 @@ __attribute__((noreturn)) static void run(struct guest *guest)
         time = now();
         work(guest, time - last);
         last = time;
-        if (time >= next_tick) {
-            report(guest);
-            next_tick += TICK_INTERVAL;
-            if (next_tick < time)
-                next_tick = time + TICK_INTERVAL;
+        report_in_time(guest, time, &next_tick);
+    }
+}
+
+/* Touches a page; returns how many nanoseconds that took. */
+static u64 touch_one(struct guest *guest)
+{
+    u64 page = mix(guest->touched++) % guest->pages;
+    u64 start = now();
+
+    (void)guest->memory[page * PAGE_WORDS];
+    return now() - start;
+}
+
+__attribute__((noreturn)) static void run_touching(struct guest *guest)
+{
+    static const char prefix[] = "mig-guest: slow";
+    struct line line = {0};
+    u64 next_tick = now();
+
+    put_text(&line, prefix);
+    for (;;) {
+        u64 took;
+
+        sleep_until(now() + guest->touch_interval);
+        took = touch_one(guest);
+        if (took >= SLOW_TOUCH) {
+            put_text(&line, " ");
+            put_number(&line, took / NSEC_PER_USEC);
+        }
+        /* a number of 20 digits and the end of the line still fit */
+        if (line.length > sizeof(line.text) - 24 ||
+            (report_in_time(guest, now(), &next_tick) && line.length >= sizeof(prefix))) {
+            put_line(&line);
+            put_text(&line, prefix);
         }
     }
 }
@@ -495,20 +555,25 @@ static void fill(struct guest *guest)
 
 __attribute__((noreturn, used)) void start(u64 *stack)
 {
-    static const char *const modes[] = {"idle", "dirty", 0};
+    static const char *const modes[] = {"idle", "dirty", "touch", 0};
     static const char *const patterns[] = {"random", "sparse", "delta", "compressible", 0};
     static struct guest guest;
     struct line line = {0};
     /* The stack holds argc, the arguments, a null pointer, then the environment. */
     char **environment = (char **)(stack + 1 + stack[0] + 1);
     u64 swept;
+    int mode;
 
     guest.pages = number_variable(environment, "migmib", 32) * PAGES_PER_MIB;
     if (!guest.pages)
         give_up("migmib is 0");
     guest.pattern = (enum pattern)choice_variable(environment, "migpattern", patterns);
-    if (choice_variable(environment, "migmode", modes))
+    guest.tick_interval = number_variable(environment, "migtickms", TICK_MSEC) * NSEC_PER_MSEC;
+    mode = choice_variable(environment, "migmode", modes);
+    if (mode == MODE_DIRTY)
         guest.dirty_rate = number_variable(environment, "migdirtykib", 1024) * 1024 / PAGE_BYTES;
+    if (mode == MODE_TOUCH)
+        guest.touch_interval = number_variable(environment, "migtouchus", 500) * NSEC_PER_USEC;
     swept = guest.pages < SWEEP_PAGES_AT_MOST ? guest.pages : SWEEP_PAGES_AT_MOST;
     guest.sweep_rate = swept * 1000 / (SWEEP_INTERVAL / NSEC_PER_MSEC) + 1;
     if (guest.dirty_rate >= guest.sweep_rate)
@@ -517,6 +582,8 @@ __attribute__((noreturn, used)) void start(u64 *stack)
     fill(&guest);
     put_text(&line, "mig-guest: ready");
     put_line(&line);
+    if (guest.touch_interval)
+        run_touching(&guest);
     run(&guest);
 }
 

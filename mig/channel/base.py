@@ -10,6 +10,7 @@ import signal
 import socket
 import stat
 import subprocess
+import sys
 from collections.abc import Callable
 from typing import Self
 
@@ -18,6 +19,11 @@ from mig.errors import CancelledError, ChannelError, IdleTimeoutError
 
 #: how long a peer that is to be told of a failure may keep us waiting (seconds)
 LAST_WORDS = 1.0
+#: Linux's number, which the socket module has from Python 3.12 on
+_TCP_NOTSENT_LOWAT = 25
+#: bytes that a socket may hold beyond those that are under way: enough to keep a wire busy for the
+#: time that a sender takes to wake up
+_SHORT_QUEUE = 128 << 10
 
 
 def _is_socket(fd: int) -> bool:
@@ -94,9 +100,33 @@ class Channel:
         loop(self._out)
 
     @property
+    def peer(self) -> object:
+        """Who is at the other end of a socket, to be compared: a process of this machine, or an
+        address without port; None where nobody can tell.
+        """
+        if not self.bidirectional:
+            return None
+        with contextlib.suppress(OSError), socket.socket(fileno=os.dup(self._fd)) as sock:
+            if sock.family == socket.AF_UNIX:
+                credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
+                return int.from_bytes(credentials[:4], sys.byteorder) or None
+            return str(sock.getpeername()[0])
+        return None
+
+    @property
     def writes_to(self) -> Descriptor:
         """What it writes to; for who writes by turns with others, and lets go before close()."""
         return self._out
+
+    def keep_queue_short(self) -> None:
+        """What is sent from now on is not to wait behind much that was sent before.
+
+        A TCP socket takes megabytes that it cannot put on the wire yet; send() now waits instead.
+        Other sockets hold a fifth of a megabyte at most.
+        """
+        if self.bidirectional:
+            with contextlib.suppress(OSError), socket.socket(fileno=os.dup(self._fd)) as sock:
+                sock.setsockopt(socket.IPPROTO_TCP, _TCP_NOTSENT_LOWAT, _SHORT_QUEUE)
 
     # ---- regular files ----------------------------------------------------------------------
 
@@ -144,6 +174,10 @@ class Channel:
         # a peer that never lets us wait would never let us see the cancel descriptor
         if self._cancelled:
             raise CancelledError("cancelled")
+
+    def fileno(self) -> int:
+        """Return the descriptor, to wait for it; it stays the channel's."""
+        return self._fd
 
     def cancel(self) -> None:
         """End every present and future wait. Any thread, any number of times."""

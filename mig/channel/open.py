@@ -270,6 +270,13 @@ class Listener:
                     with contextlib.suppress(BlockingIOError, ConnectionAbortedError):
                         return self._accept_from(sock, timeout)
 
+    def accept_waiting(self, timeout: float | None = None) -> Channel | None:
+        """Return a connection that is there already, None when there is none; else as accept()."""
+        for sock in self._sockets:
+            with contextlib.suppress(BlockingIOError, ConnectionAbortedError):
+                return self._accept_from(sock, timeout)
+        return None
+
     def _accept_from(self, sock: socket.socket, timeout: float | None) -> Channel:
         try:
             connection, _ = sock.accept()

@@ -7,7 +7,7 @@ import functools
 import json
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from types import FrameType
@@ -28,7 +28,6 @@ from mig.engine import OutgoingMigration
 from mig.engine.migration import Migration
 from mig.errors import MigError, OptionError, StateError
 from mig.options import Capability
-from mig.state import Status
 from mig.stats import MigrationInfo
 
 P = ParamSpec("P")
@@ -109,8 +108,8 @@ def say(text: str) -> None:
 
 
 @contextmanager
-def cancelled_by_signals(migration: Migration) -> Iterator[None]:
-    """SIGINT and SIGTERM cancel the migration instead of killing the process midway.
+def cancelled_by_signals(*migrations: Migration) -> Iterator[None]:
+    """SIGINT and SIGTERM cancel the migrations instead of killing the process midway.
 
     In postcopy a source is given up: the destination is then paused until somebody resumes it. A
     destination would lose half of the guest: only the second signal ends its process.
@@ -119,18 +118,19 @@ def cancelled_by_signals(migration: Migration) -> Iterator[None]:
 
     def cancel(number: int, frame: FrameType | None) -> None:
         nonlocal warned
-        try:
-            migration.cancel()
-        except StateError as error:
-            if isinstance(migration, OutgoingMigration):
-                # it may have ended meanwhile
-                with contextlib.suppress(StateError):
-                    migration.abandon()
-                return
-            if warned:
-                raise
-            warned = True
-            say(f"{error}; once more to lose the guest")
+        for migration in migrations:
+            try:
+                migration.cancel()
+            except StateError as error:
+                if isinstance(migration, OutgoingMigration):
+                    # it may have ended meanwhile
+                    with contextlib.suppress(StateError):
+                        migration.abandon()
+                    continue
+                if warned:
+                    raise
+                warned = True
+                say(f"{error}; once more to lose the guest")
 
     old = {number: signal.signal(number, cancel) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -142,24 +142,53 @@ def cancelled_by_signals(migration: Migration) -> Iterator[None]:
 
 def follow(migration: Migration) -> MigrationInfo:
     """Wait for the end, with a progress bar on a terminal; raises the migration's error."""
-    with cancelled_by_signals(migration):
+    follow_all([migration])
+    migration.wait()
+    return migration.query()
+
+
+def follow_all(migrations: Sequence[Migration]) -> None:
+    """Wait for the end of all, whatever it is, with progress bars on a terminal."""
+    with cancelled_by_signals(*migrations):
         if sys.stderr.isatty():
-            _show_progress(migration)
+            _show_progress(migrations)
         else:
             # in slices only so that Python runs the signal handlers
-            while not migration.wait(1.0):
+            _wait_for_all(migrations, 1.0)
+
+
+def _wait_for_all(
+    migrations: Sequence[Migration],
+    seconds: float,
+    show: Callable[[Migration], None] = lambda _: None,
+) -> None:
+    """Wait in slices of so many seconds; ``show`` is called for each migration in each of them."""
+    waiting = list(migrations)
+    while waiting:
+        _has_ended(waiting[0], seconds)
+        for migration in list(waiting):
+            if _has_ended(migration, 0):
+                waiting.remove(migration)
+            else:
                 _look_at_breaks(migration)
-    return migration.query()
+            show(migration)
+
+
+def _has_ended(migration: Migration, seconds: float) -> bool:
+    try:
+        return migration.wait(seconds)
+    except MigError:
+        return True
 
 
 def _look_at_breaks(migration: Migration) -> None:
     """A command does not wait for another URI: who resumes it gives one."""
-    if isinstance(migration, OutgoingMigration) and migration.status == Status.POSTCOPY_PAUSED:
+    if isinstance(migration, OutgoingMigration) and migration.waits_for_owner:
         with contextlib.suppress(StateError):
             migration.abandon()
 
 
-def _show_progress(migration: Migration) -> None:
+def _show_progress(migrations: Sequence[Migration]) -> None:
     columns = (
         TextColumn("{task.description:<9}"),
         BarColumn(),
@@ -168,21 +197,21 @@ def _show_progress(migration: Migration) -> None:
         TimeElapsedColumn(),
     )
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task(migration.status, total=None)
-        done = False
-        while not done:
-            done = migration.wait(0.1)
-            _look_at_breaks(migration)
+        tasks = [progress.add_task(migration.status, total=None) for migration in migrations]
+
+        def show(migration: Migration) -> None:
             info = migration.query()
             ram = info.ram
             moved = (ram.normal + ram.duplicate) * ram.page_size
             # pages that are sent again come on top of the total
             progress.update(
-                task,
+                tasks[migrations.index(migration)],
                 description=str(info.status),
                 completed=moved,
                 total=max(ram.total, moved + (ram.remaining or 0)) if ram.total else None,
             )
+
+        _wait_for_all(migrations, 0.1, show)
 
 
 def info_as_dict(info: MigrationInfo) -> dict[str, Any]:

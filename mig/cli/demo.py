@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 
 import click
 from rich.console import Console
@@ -25,10 +26,10 @@ from mig.cli.common import (
     sized,
 )
 from mig.demo.guests import GUESTS, LOGS, Options, best_log
-from mig.demo.job import Demo, DemoReport
+from mig.demo.job import Demo, DemoReport, PostcopyReport
 from mig.engine import OutgoingMigration, Patient
 from mig.errors import KvmUnavailableError
-from mig.options import kinds
+from mig.options import Capability, kinds
 from mig.stats import MigrationInfo
 from mig.wire import DEFAULT_PAGE_BITS
 
@@ -94,6 +95,11 @@ class _Size(click.ParamType):  # type: ignore[type-arg]  # click is generic sinc
     help="Stop the guest when it stands still for as short as can be, not as soon as parameter "
     "downtime-limit allows.",
 )
+@click.option(
+    "--postcopy",
+    is_flag=True,
+    help="Let the guest run at the other end at once; its memory follows as it touches it.",
+)
 @capability_option
 @parameter_option
 @json_option
@@ -107,6 +113,7 @@ def demo(
     working_set: float,
     dirty_log: str | None,
     patient: bool,
+    postcopy: bool,
     capabilities: tuple[str, ...],
     parameters: tuple[str, ...],
     as_json: bool,
@@ -116,9 +123,13 @@ def demo(
     The guest writes its memory, and checks what it wrote; it goes on until the switchover, and then
     in the other process. In the end all of its memory is checked in both.
 
+    With --postcopy it tells how long the guest waited for its memory.
+
     Capability return-path is on, and parameter max-bandwidth 0 (no limit), unless given.
     """
     chosen = {"return-path": True, **parse_capabilities(capabilities)}
+    if postcopy:
+        chosen[Capability.POSTCOPY_RAM] = True
     of_kvm = "ring" if chosen.get("dirty-limit") else "kvm"
     log, reason = (of_kvm, None) if guest == "kvm" else best_log(dirty_log)
     if reason is not None:
@@ -141,6 +152,7 @@ def demo(
             on_start=display.shown_for,
             on_look=display.show,
             policy=Patient if patient else None,
+            postcopy=postcopy,
         )
     except ValueError as error:
         raise click.UsageError(str(error)) from error
@@ -189,6 +201,8 @@ def _table(info: MigrationInfo) -> Table:
         "expected downtime": "?" if expected is None else f"{expected * 1000:.0f} ms",
         "throttle": _throttle(info),
     }
+    if ram.postcopy_requests:
+        rows["asked for"] = f"{ram.postcopy_requests} pages"
     for name, value in rows.items():
         table.add_row(name, value)
     return table
@@ -203,7 +217,9 @@ def _throttle(info: MigrationInfo) -> str:
 
 
 def _milliseconds(seconds: float | None) -> str:
-    return "not known" if seconds is None else f"{seconds * 1000:.1f} ms"
+    if seconds is None:
+        return "not known"
+    return f"{seconds * 1000:.1f} ms" if seconds >= 0.001 else f"{seconds * 1e6:.0f} us"
 
 
 def _print(report: DemoReport) -> None:
@@ -221,10 +237,30 @@ def _print(report: DemoReport) -> None:
         f"downtime    {_milliseconds(report.guest_downtime)} as the guest saw it, "
         f"{_milliseconds(info.downtime)} by the engine's clock"
     )
+    if report.postcopy is not None:
+        _print_postcopy(report.postcopy)
     click.echo(
         f"verified    {there['npages']} pages at either end, none is corrupt; "
         f"{report.source['writes']} writes before, {there['writes']} after"
     )
+
+
+def _print_postcopy(postcopy: PostcopyReport) -> None:
+    click.echo(
+        f"postcopy    it ran at the destination after {_milliseconds(postcopy.time_to_run)}; "
+        f"{postcopy.requests} pages were asked for"
+    )
+    if postcopy.faults:
+        each = ", ".join(_milliseconds(seconds) for seconds in postcopy.vcpus)
+        click.echo(
+            f"waits       {postcopy.faults}, for {_milliseconds(postcopy.p50)} (p50) and "
+            f"{_milliseconds(postcopy.p99)} (p99); each vCPU for {each}, all together for "
+            f"{_milliseconds(postcopy.blocktime)}"
+        )
+
+
+def _postcopy_as_dict(postcopy: PostcopyReport) -> dict[str, object]:
+    return {name.replace("_", "-"): value for name, value in asdict(postcopy).items()}
 
 
 def _as_dict(report: DemoReport) -> dict[str, object]:
@@ -233,6 +269,7 @@ def _as_dict(report: DemoReport) -> dict[str, object]:
         "memory-nbytes": report.options.nbytes,
         "dirty-log": report.options.log,
         "guest-downtime": report.guest_downtime,
+        "postcopy": _postcopy_as_dict(report.postcopy) if report.postcopy else None,
         "migration": info_as_dict(report.info),
         "source": report.source,
         "destination": report.destination,

@@ -15,6 +15,7 @@ from typing import Any
 from mig.demo.guests import Options, make_show
 from mig.engine import IncomingMigration
 from mig.errors import MigError
+from mig.options import Capability
 
 
 def _say(**what: Any) -> None:
@@ -24,10 +25,11 @@ def _say(**what: Any) -> None:
 def main(uri: str, options: Options, how: Mapping[str, Any]) -> None:
     """Receive the guest at ``uri`` and let it run; how: arguments of IncomingMigration."""
     with closing(make_show(options)) as show:
-        # a destination that waits to be migrated to can have its memory ready
-        with suppress(OSError):
-            for block in show.guest.memory:
-                block.populate()
+        if Capability.POSTCOPY_RAM not in how.get("capabilities", ()):
+            # a destination that waits to be migrated to can have its memory ready
+            with suppress(OSError):
+                for block in show.guest.memory:
+                    block.populate()
         incoming = IncomingMigration(show.guest, **how)
         incoming.listen(uri)
         _say(uri=incoming.uri)
@@ -36,8 +38,17 @@ def main(uri: str, options: Options, how: Mapping[str, Any]) -> None:
         except MigError as error:
             _say(error=str(error))
             return
-        show.guest.resume()
-        _say(status=str(incoming.status))
+        if not show.guest.running:
+            show.guest.resume()
+        times = show.guest.postcopy_times()
+        _say(
+            status=str(incoming.status),
+            resumed_at=show.resumed_at,
+            requests=times.requests,
+            faults=times.faults,
+            latencies=[times.percentile(share) for share in (0.5, 0.99)],
+            blocktimes=[times.all_vcpus, *times.vcpus],
+        )
         for _ in sys.stdin:
             _say(**show.verify())
 

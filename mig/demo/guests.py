@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol, Self
@@ -65,6 +66,10 @@ class Show(Protocol):
     def guest(self) -> MemoryGuest:
         """What is migrated."""
 
+    @property
+    def resumed_at(self) -> float | None:
+        """When it was resumed first, by the clock of all processes (time.monotonic())."""
+
     def start(self) -> None:
         """Let a new guest run."""
 
@@ -80,12 +85,28 @@ class Show(Protocol):
         """End it and release its memory."""
 
 
+class _Process(ProcessGuest):
+    resumed_at: float | None = None
+
+    def resume(self) -> None:
+        super().resume()
+        self.resumed_at = self.resumed_at or time.monotonic()
+
+
+class _Kvm(KvmGuest):
+    resumed_at: float | None = None
+
+    def resume(self) -> None:
+        super().resume()
+        self.resumed_at = self.resumed_at or time.monotonic()
+
+
 class ProcessShow:
     """Threads of this process that write its memory."""
 
     def __init__(self, options: Options) -> None:
         log: Callable[[GuestMemory], DirtyLog] = WriteTracker
-        self.guest = ProcessGuest(
+        self.guest = _Process(
             options.nbytes,
             workers=options.workers,
             rate=options.rate,
@@ -93,6 +114,11 @@ class ProcessShow:
             working_set=options.working_set,
             dirty=log if options.log == "tracked" else "marked",
         )
+
+    @property
+    def resumed_at(self) -> float | None:
+        """When it was resumed first."""
+        return self.guest.resumed_at
 
     def start(self) -> None:
         """Fill the memory and let the threads write."""
@@ -127,7 +153,12 @@ class KvmShow:
         memory.add("ram", options.nbytes)
         self._working_set = int(options.nbytes * options.working_set)
         log = "ring" if options.log == "ring" else None
-        self.guest = KvmGuest(memory, vcpus=options.workers, dirty_log=log)
+        self.guest = _Kvm(memory, vcpus=options.workers, dirty_log=log)
+
+    @property
+    def resumed_at(self) -> float | None:
+        """When it was resumed first."""
+        return self.guest.resumed_at
 
     def start(self) -> None:
         """Boot the program."""

@@ -16,7 +16,7 @@ from typing import Any
 
 from mig.demo.guests import Options, make_show
 from mig.engine import OutgoingMigration, PolicyMaker
-from mig.errors import ChannelError, MigError, PeerError
+from mig.errors import ChannelError, MigError, PeerError, StateError
 from mig.events import Event, StatusChanged
 from mig.options import INCOMING_CAPABILITIES
 from mig.state import Status
@@ -100,10 +100,32 @@ class _Destination:
 
 
 @dataclass(frozen=True, slots=True)
+class PostcopyReport:
+    """How the guest waited for its memory, in seconds.
+
+    time_to_run:  from the start of the migration until the guest ran at the destination
+    requests:     pages that the destination asked for
+    faults:       accesses that waited for a page
+    p50, p99:     what this share of these waits did not exceed, None without any
+    blocktime:    in which all vCPUs waited at the same time
+    vcpus:        in which each vCPU waited
+    """
+
+    time_to_run: float
+    requests: int
+    faults: int
+    p50: float | None
+    p99: float | None
+    blocktime: float
+    vcpus: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class DemoReport:
     """How it went.
 
     info:        the migration, as the source saw it
+    postcopy:    how the guest waited for its memory, None when it came before the guest
     source:      the guest's report of itself where it was stopped
     destination: and where it ran on, some time later
     """
@@ -112,6 +134,7 @@ class DemoReport:
     info: MigrationInfo
     source: dict[str, Any]
     destination: dict[str, Any]
+    postcopy: PostcopyReport | None = None
 
     @property
     def guest_downtime(self) -> float | None:
@@ -125,6 +148,8 @@ class Demo:
 
     capabilities, parameters, policy: of the outgoing migration; the destination gets those that it
     needs, too. With pause-before-switchover the migration goes on at once.
+    postcopy: let the guest run at the destination at once, and send its memory then; needs
+              capability postcopy-ram
     on_start: the migration runs inside the context that it returns
     on_look:  told how it stands ten times a second
 
@@ -140,8 +165,10 @@ class Demo:
         on_start: Callable[[OutgoingMigration], contextlib.AbstractContextManager[object]],
         on_look: Callable[[MigrationInfo], None],
         policy: PolicyMaker | None = None,
+        postcopy: bool = False,
     ) -> None:
         self._options = options
+        self._postcopy = postcopy
         agreed = {name: on for name, on in capabilities.items() if name in INCOMING_CAPABILITIES}
         self._how = {"capabilities": agreed, "parameters": dict(parameters)}
         self._show = make_show(options)
@@ -153,6 +180,8 @@ class Demo:
                 policy=policy,
                 on_event=self._go_on,
             )
+            if postcopy:
+                self._outgoing.start_postcopy()
         except BaseException:
             self._show.close()
             raise
@@ -164,17 +193,24 @@ class Demo:
         with contextlib.closing(self._show) as show, self._destination() as destination:
             show.start()
             time.sleep(SETTLE)
+            began = time.monotonic()
             try:
                 self._migrate(destination.uri)
             except (PeerError, ChannelError) as error:
                 if why := destination.why():
                     raise DemoError(f"{error}; the destination says: {why}") from error
                 raise
-            destination.hear("status")
+            arrived = destination.hear()
             source = show.verify()
             time.sleep(SETTLE)
             info = self._outgoing.query()
-            report = DemoReport(self._options, info, source, destination.verify())
+            report = DemoReport(
+                self._options,
+                info,
+                source,
+                destination.verify(),
+                _postcopy_report(arrived, began) if self._postcopy else None,
+            )
         check(report)
         return report
 
@@ -200,11 +236,30 @@ class Demo:
             try:
                 while not self._outgoing.wait(LOOK):
                     self._on_look(self._outgoing.query())
+                    if self._outgoing.status == Status.POSTCOPY_PAUSED:
+                        # the other process is gone, and the guest with it
+                        self._outgoing.abandon()
             except BaseException:
-                self._outgoing.cancel()
+                for end in (self._outgoing.cancel, self._outgoing.abandon):
+                    with contextlib.suppress(StateError):
+                        end()
                 with contextlib.suppress(MigError):
                     self._outgoing.wait()
                 raise
+
+
+def _postcopy_report(arrived: Mapping[str, Any], began: float) -> PostcopyReport:
+    p50, p99 = arrived["latencies"]
+    blocktime, *vcpus = arrived["blocktimes"]
+    return PostcopyReport(
+        arrived["resumed_at"] - began,
+        arrived["requests"],
+        arrived["faults"],
+        p50,
+        p99,
+        blocktime,
+        tuple(vcpus),
+    )
 
 
 def check(report: DemoReport) -> None:

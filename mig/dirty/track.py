@@ -6,11 +6,11 @@ import errno
 import mmap
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Final
+from typing import Final, Protocol
 
 from mig import _core
 from mig.errors import DirtyLogError
-from mig.memory import GuestMemory, RamBlock
+from mig.memory import GuestMemory
 
 #: the best first
 METHODS: Final = ("pagemap-scan", "userfaultfd")
@@ -39,19 +39,27 @@ def _sentence(method: str, error: OSError) -> str:
     return _WRONG.get((method, error.errno or 0)) or f"{method} does not work here: {error}"
 
 
+def refusal(method: str, *, user_mode_only: bool = False) -> str | None:
+    """Return why a method does not work here, and what to do; None when it does."""
+    try:
+        _core.probe_write_log(method, user_mode_only=user_mode_only)
+    except OSError as error:
+        return _sentence(method, error)
+    return None
+
+
 def _choose(demand: str | None, user_mode_only: bool) -> tuple[str, str | None]:
     """Return the method to use, and why not a better one."""
     if demand is not None and demand not in METHODS:
         raise ValueError(f"no method '{demand}': {', '.join(METHODS)}")
     refusals: list[str] = []
     for method in METHODS if demand is None else [demand]:
-        try:
-            _core.probe_write_log(method, user_mode_only=user_mode_only)
-        except OSError as error:
-            refusals.append(_sentence(method, error))
+        reason = refusal(method, user_mode_only=user_mode_only)
+        if reason is not None:
+            refusals.append(reason)
+        elif demand not in (None, METHODS[0]):
+            return method, f"method '{demand}' was asked for"
         else:
-            if demand not in (None, METHODS[0]):
-                return method, f"method '{demand}' was asked for"
             return method, "; ".join(refusals) or None
     raise DirtyLogError(f"writes to memory cannot be tracked: {'; '.join(dict.fromkeys(refusals))}")
 
@@ -67,7 +75,23 @@ def _mappings() -> Iterator[tuple[int, int, bool]]:
         yield start, end, permissions.endswith("p") and inode == "0"
 
 
-def _is_anonymous(block: RamBlock, mappings: list[tuple[int, int, bool]]) -> bool:
+class Placed(Protocol):
+    """A block of memory of this process, as RamBlock and SourceBlock are."""
+
+    @property
+    def idstr(self) -> str:
+        """Its name."""
+
+    @property
+    def used_length(self) -> int:
+        """Bytes."""
+
+    @property
+    def pages(self) -> _core.Pages:
+        """Where it is."""
+
+
+def _is_anonymous(block: Placed, mappings: list[tuple[int, int, bool]]) -> bool:
     first, last = block.pages.hva, block.pages.hva + block.used_length
     kinds = {anonymous for start, end, anonymous in mappings if start < last and end > first}
     if len(kinds) != 1:
@@ -75,7 +99,7 @@ def _is_anonymous(block: RamBlock, mappings: list[tuple[int, int, bool]]) -> boo
     return kinds.pop()
 
 
-def is_anonymous(block: RamBlock) -> bool:
+def is_anonymous(block: Placed) -> bool:
     """Whether a block is private memory of no file; ValueError when only a part of it is."""
     return _is_anonymous(block, list(_mappings()))
 

@@ -56,9 +56,9 @@ class Encoding:
     def _records(self, writer: StreamWriter) -> tuple[RecordWriter, ZeroFinder]:
         return RecordWriter(writer), self._zeros()
 
-    def plain(self, writer: StreamWriter) -> PageEncoder:
-        """Whole pages, on the main stream."""
-        return PlainEncoder(*self._records(writer), self._counters)
+    def plain(self, writer: StreamWriter, counters: RamCounters | None = None) -> PageEncoder:
+        """Whole pages, on the main stream; of another one by counters of its own."""
+        return PlainEncoder(*self._records(writer), counters or self._counters)
 
     def main_stream(self, writer: StreamWriter) -> PageEncoder:
         """What goes over the main stream alone."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import threading
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar, cast
@@ -13,23 +12,23 @@ from mig.channel import Channel, Listener, parse_uri, require_many_connections
 from mig.channel.open import Cancel
 from mig.channel.uri import TcpUri, UnixUri
 from mig.engine.accept import Connections
+from mig.engine.inhooks import MemoryLock, balloon_inhibited
 from mig.engine.inlanes import IncomingLanes
 from mig.engine.inpostcopy import IncomingPostcopy
 from mig.engine.mapped import IncomingMapped, page_threads, require_mapped
 from mig.engine.migration import Migration
+from mig.engine.uninvited import Uninvited, multifd_refused
 from mig.engine.urgent import UrgentChannel
 from mig.errors import (
-    CancelledError,
     ChannelError,
     MigError,
     OptionError,
     StateError,
-    UnsupportedError,
 )
 from mig.events import Event, Listening
 from mig.guest import DestinationGuest, LaneTarget, MappedTarget, PostcopyTarget
 from mig.options import INCOMING_CAPABILITIES, Capability, MultiFDCompression, Options
-from mig.postcopy.load import PostcopyLoader
+from mig.postcopy.load import PostcopyLoader, PostcopyState
 from mig.records import Command, ReturnMessage
 from mig.savevm.load import StreamLoader
 from mig.state import INCOMING, Input, Status, Table
@@ -47,9 +46,6 @@ from mig.wire import (
 
 if TYPE_CHECKING:
     from mig.engine.inpostcopy import PostcopyGuest
-
-#: how long a connection beside the main one may take to say what it is (seconds)
-_EXTRA_PATIENCE = 5.0
 
 
 class IncomingMigration(Migration):
@@ -93,15 +89,15 @@ class IncomingMigration(Migration):
         self._channel: Channel | None = None
         self._reader: StreamReader | None = None
         self._return: StreamWriter | None = None
-        self._watcher: threading.Thread | None = None
-        self._extra: Channel | None = None
+        self._uninvited: Uninvited | None = None
         self._connections: Connections | None = None
         self._lanes: IncomingLanes | None = None
         self._mapped: IncomingMapped | None = None
-        self._done_watching = False
         self._committed = False
+        self._memory_lock = MemoryLock(guest)
         self._requests = _core.PageRequests()
         self._urgent: UrgentChannel | None = None
+        self._loader: PostcopyLoader | None = None
         self._postcopy: IncomingPostcopy | None = None
         # bytes of the connections before this one
         self._before = 0
@@ -124,21 +120,27 @@ class IncomingMigration(Migration):
             require_many_connections(uri)
             if not isinstance(self._guest, LaneTarget):
                 raise OptionError("Multifd is not supported by this guest (it is no LaneTarget)")
-        if Capability.POSTCOPY_RAM in self.capabilities:
-            self._require_postcopy(uri)
-        self._listener = Listener(uri)
-        self.uri = self._listener.uri
-        try:
+        with contextlib.ExitStack() as undo:
+            if Capability.POSTCOPY_RAM in self.capabilities:
+                undo.callback(self._memory_lock.redo)
+                self._require_postcopy(uri)
+            self._listener = Listener(uri)
+            undo.callback(self._listener.close)
+            self.uri = self._listener.uri
             self._launch()
-        except BaseException:
-            self._listener.close()
-            raise
+            undo.pop_all()
 
     def _require_postcopy(self, uri: str) -> None:
         if not isinstance(self._guest, PostcopyTarget):
-            raise OptionError("Postcopy is not supported by this guest (it has no postcopy_listen)")
+            raise OptionError("Postcopy is not supported by this guest (it is no PostcopyTarget)")
         if Capability.POSTCOPY_PREEMPT in self.capabilities:
             require_many_connections(uri)
+        try:
+            self._memory_lock.undo()
+        except OSError as error:
+            raise OptionError(
+                f"Postcopy is not supported: memory cannot be unlocked: {error}"
+            ) from error
         reason = self._guest.postcopy_probe()
         if reason is not None:
             raise OptionError(f"Postcopy is not supported: {reason}")
@@ -155,6 +157,19 @@ class IncomingMigration(Migration):
             raise StateError(self.status, Input.RECOVER)
         self.uri = listener.uri
         self._emit(Listening(listener.uri))
+
+    def abandon(self) -> None:
+        """Give a postcopy up: it fails, the guest here is stopped, and its memory is let go.
+
+        What it has written since it runs here is lost with it; at the source it does not run
+        again by itself. StateError outside of postcopy, and when every page is there.
+        """
+        with self._lock:
+            channel = self._channel
+            if self._postcopy is None or not self._postcopy.abandon():
+                raise StateError(self.status, Input.FAIL)
+            if channel is not None:
+                channel.cancel()
 
     # ---- phases -----------------------------------------------------------------------------
 
@@ -181,8 +196,10 @@ class IncomingMigration(Migration):
                 reader = StreamReader(channel)
             if Capability.POSTCOPY_PREEMPT in self.capabilities:
                 self._urgent = UrgentChannel(self._listener, self._urgent_ended)
-            else:
-                self._watch_for_more_connections()
+            elif self._listener.accepts_more:
+                self._uninvited = Uninvited(
+                    self._listener, channel, self._lane_failed, self._postcopy_may_come
+                )
         with self._lock:
             self._channel = channel
             if self._error is not None:
@@ -225,9 +242,7 @@ class IncomingMigration(Migration):
 
     def _load(self, reader: StreamReader) -> None:
         if reader.fill(4) and int.from_bytes(bytes(reader.buffer[:4]), "big") == MULTIFD_MAGIC:
-            raise UnsupportedError(
-                "the source opened multifd channels", capability="multifd", offset=0
-            )
+            raise multifd_refused(offset=0)
         if Capability.POSTCOPY_RAM in self.capabilities:
             self._load_postcopy(reader)
         else:
@@ -247,14 +262,21 @@ class IncomingMigration(Migration):
     def _load_postcopy(self, reader: StreamReader) -> None:
         """A source with postcopy-ram may switch, or end as any other."""
         guest = cast("PostcopyGuest", self._guest)
-        loader = PostcopyLoader(reader, guest, **self._loader_options())
+        loader = self._loader = PostcopyLoader(reader, guest, **self._loader_options())
         loader.run()
-        if loader.package is not None:
-            self._postcopy = IncomingPostcopy(_Line(self, loader), loader, guest)
-            self._attach_requests()
-            self._move(Input.POSTCOPY)
-            guest.postcopy_listen(self._requests)
+        if loader.package is None:
+            return
+        if self._uninvited is not None:
+            self._uninvited.settle()
+        self._postcopy = IncomingPostcopy(_Line(self, loader), loader, guest)
+        self._attach_requests()
+        self._move(Input.POSTCOPY)
+        guest.postcopy_listen(self._requests)
+        with balloon_inhibited(guest):
             self._postcopy.run()
+
+    def _postcopy_may_come(self) -> bool:
+        return self._loader is not None and self._loader.state != PostcopyState.NONE
 
     def _on_command(self, command: Command) -> None:
         if self._postcopy is not None:
@@ -305,46 +327,6 @@ class IncomingMigration(Migration):
         except ChannelError as error:
             raise ChannelError(f"all is received and kept, but the source left: {error}") from error
 
-    # ---- other connections ------------------------------------------------------------------
-
-    def _watch_for_more_connections(self) -> None:
-        assert self._listener is not None
-        if self._listener.accepts_more:
-            self._watcher = threading.Thread(
-                target=self._watch, args=(self._listener,), name="mig-accept", daemon=True
-            )
-            self._watcher.start()
-
-    def _watch(self, listener: Listener) -> None:
-        """A source with multifd would wait for ever for channels that nobody reads: refuse it."""
-        # ends when the migration does, or when nothing can be accepted any more
-        with contextlib.suppress(CancelledError, ChannelError):
-            while True:
-                with listener.accept(self._cancel, _EXTRA_PATIENCE) as extra:
-                    if self._is_multifd(extra):
-                        self._fail(
-                            UnsupportedError(
-                                "the source opened multifd channels", capability="multifd"
-                            )
-                        )
-                        self._interrupt()
-                        return
-
-    def _is_multifd(self, extra: Channel) -> bool:
-        """Whether the connection says that it is a multifd channel; strangers say nothing."""
-        with self._lock:
-            if self._done_watching:
-                return False
-            self._extra = extra
-        try:
-            reader = StreamReader(extra, buffer_size=64)
-            return reader.u32("a channel's magic") == MULTIFD_MAGIC
-        except MigError:
-            return False
-        finally:
-            with self._lock:
-                self._extra = None
-
     # ---- breaks of a postcopy ---------------------------------------------------------------
 
     def _urgent_ended(self, error: MigError | None) -> None:
@@ -383,14 +365,12 @@ class IncomingMigration(Migration):
             self._listener.close()
             self._listener = None
 
-    def _reconnect(self, listener: Listener) -> StreamReader:
-        # nobody cancels a postcopy that is paused
-        with contextlib.closing(Cancel()) as never:
-            try:
-                channel = listener.accept(never, self.parameters.timeout)
-            except BaseException:
-                listener.close()
-                raise
+    def _reconnect(self, listener: Listener, cancel: Cancel) -> StreamReader:
+        try:
+            channel = listener.accept(cancel, self.parameters.timeout)
+        except BaseException:
+            listener.close()
+            raise
         self._listener = listener
         if Capability.POSTCOPY_PREEMPT in self.capabilities:
             self._urgent = UrgentChannel(listener, self._urgent_ended)
@@ -416,6 +396,7 @@ class IncomingMigration(Migration):
                     self._say_failure()
                 self._guest.abort()
         finally:
+            self._memory_lock.redo()
             if self._urgent is not None:
                 self._urgent.close()
             with self._lock:
@@ -429,15 +410,12 @@ class IncomingMigration(Migration):
     def _stop_watching(self) -> None:
         with self._lock:
             self._cancel.set()
-            self._done_watching = True
-            if self._extra is not None:
-                self._extra.cancel()
         if self._lanes is not None:
             self._lanes.cancel()
         if self._connections is not None:
             self._connections.close()
-        if self._watcher is not None:
-            self._watcher.join()
+        if self._uninvited is not None:
+            self._uninvited.close()
 
     def _say_failure(self) -> None:
         """Tell the source, on a return path that may be the one that was interrupted."""
@@ -473,6 +451,7 @@ class IncomingMigration(Migration):
                 info,
                 postcopy_blocktime=times.all_vcpus,
                 postcopy_vcpu_blocktime=times.vcpus,
+                postcopy_latencies=times.latencies,
             )
         return info
 
@@ -529,5 +508,5 @@ class _Line:
     def disconnect(self) -> None:
         self._migration._disconnect()
 
-    def reconnect(self, listener: Listener) -> StreamReader:
-        return self._migration._reconnect(listener)
+    def reconnect(self, listener: Listener, cancel: Cancel) -> StreamReader:
+        return self._migration._reconnect(listener, cancel)

@@ -9,7 +9,8 @@ from typing import Protocol
 
 from mig import _core
 from mig.channel import Listener
-from mig.errors import ChannelError, MigError, StreamError, as_mig_error
+from mig.channel.open import Cancel
+from mig.errors import ChannelError, MigError, PeerError, StreamError, as_mig_error
 from mig.guest import DestinationGuest, PostcopyTarget
 from mig.postcopy.commands import encode_received, idstr_of
 from mig.postcopy.load import PostcopyLoader
@@ -47,8 +48,8 @@ class Line(Protocol):
     def disconnect(self) -> None:
         """Let go of what is left of the connection, and of the address."""
 
-    def reconnect(self, listener: Listener) -> StreamReader:
-        """Wait for the source to come back; raises when nobody can."""
+    def reconnect(self, listener: Listener, cancel: Cancel) -> StreamReader:
+        """Wait for the source to come back; raises when nobody can, and closes the listener."""
 
 
 class IncomingPostcopy:
@@ -66,6 +67,11 @@ class IncomingPostcopy:
         self._runs = False
         self._condition = threading.Condition()
         self._waiting = False
+        # ends the wait for a source to connect again
+        self._cancel = Cancel()
+        self._abandoned = False
+        # neither recovered nor abandoned any more
+        self._over = False
         self._listener: Listener | None = None
         self._thread = threading.Thread(target=self._listen, name="mig-listen", daemon=True)
         self._error: MigError | None = None
@@ -98,12 +104,19 @@ class IncomingPostcopy:
             self._decided.set()
             if not self._runs:
                 self._line.abandon()
-            self._thread.join()
+            self._end_reading()
             if not self._runs:
                 guest.postcopy_end()
         if self._error is not None:
+            guest.postcopy_abandon()
             raise self._error
         guest.postcopy_end()
+
+    def _end_reading(self) -> None:
+        self._thread.join()
+        with self._condition:
+            self._over = True
+            self._cancel.close()
 
     @staticmethod
     def _await_readers(server: _core.FaultServer, urgent: bool) -> None:
@@ -149,22 +162,26 @@ class IncomingPostcopy:
     def _interrupted(self, error: MigError) -> None:
         """Wait, for as long as it takes, until the source is there again."""
         self._line.disconnect()
-        self.interruption = error
-        reader = None
         with self._condition:
+            if not self._abandoned:
+                # else the connection was cut because of that
+                self.interruption = error
             self._waiting = True
+        self._require_owner()
         self._line.move(Input.INTERRUPT)
+        reader = None
         while reader is None:
             with self._condition:
-                self._condition.wait_for(lambda: self._listener is not None)
+                self._condition.wait_for(lambda: self._abandoned or self._listener is not None)
                 listener = self._listener
-            assert listener is not None
-            # who cannot be accepted is no reason to give up
-            with contextlib.suppress(MigError):
-                reader = self._line.reconnect(listener)
+            if listener is not None:
+                # who cannot be accepted is no reason to give up
+                with contextlib.suppress(MigError):
+                    reader = self._line.reconnect(listener, self._cancel)
             with self._condition:
                 self._listener = None
                 self._waiting = reader is None
+            self._require_owner()
         self._loader.resume_on(reader)
         self._line.move(Input.CONNECTED)
         self._line.serve_urgent()
@@ -177,6 +194,28 @@ class IncomingPostcopy:
             self._listener = listener
             self._condition.notify_all()
             return True
+
+    def abandon(self) -> bool:
+        """Have it fail; False when all is here, or it failed. Any thread.
+
+        What reads the connection has to be interrupted afterwards.
+        """
+        with self._condition:
+            if self._over:
+                return False
+            self._abandoned = True
+            self._cancel.set()
+            self._condition.notify_all()
+            server = self._guest.postcopy_server()
+            if server is not None:
+                server.interrupt()
+            return True
+
+    def _require_owner(self) -> None:
+        with self._condition:
+            if self._abandoned:
+                why = "" if self.interruption is None else f" ({self.interruption})"
+                raise PeerError(f"postcopy was given up: the rest of the guest is lost{why}")
 
     # ---- commands ---------------------------------------------------------------------------
 

@@ -113,11 +113,13 @@ class Migration(ABC):
         start, end = clock.get("start"), clock.get("end")
         now = time.monotonic() if end is None else end
         connected, stopped = clock.get("connected"), clock.get("stopped")
+        # in postcopy the guest goes on long before the end
+        goes_on = clock.get("handed over", end)
         return MigrationInfo(
             status=self.status,
             total_time=None if start is None else now - start,
             setup_time=None if start is None or connected is None else connected - start,
-            downtime=None if end is None or stopped is None else end - stopped,
+            downtime=None if goes_on is None or stopped is None else goes_on - stopped,
             ram=self._ram_stats(),
             error=str(self._error) if self.status == Status.FAILED else None,
             incoming=self.incoming,

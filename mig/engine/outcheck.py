@@ -8,6 +8,7 @@ from mig.engine.mapped import require_mapped
 from mig.errors import OptionError
 from mig.guest import BlockingGuest, SourceGuest
 from mig.options import Capability, Parameters
+from mig.snapshot.memory import require_write_protection
 
 
 def uses_return_path(capabilities: frozenset[Capability]) -> bool:
@@ -20,16 +21,25 @@ def reasons_of(guest: SourceGuest) -> tuple[str, ...]:
     return tuple(guest.blocked_reasons) if isinstance(guest, BlockingGuest) else ()
 
 
+def check_recovery(capabilities: frozenset[Capability]) -> None:
+    """OptionError when a postcopy that breaks can never go on."""
+    if Capability.RELEASE_RAM in capabilities:
+        raise OptionError("Postcopy recovery cannot work when release-ram capability is set")
+
+
 def check_outgoing(
     uri: str, capabilities: frozenset[Capability], parameters: Parameters, guest: SourceGuest
 ) -> None:
     """OptionError when the URI or the guest cannot do what a capability needs."""
     if Capability.MAPPED_RAM in capabilities:
         require_mapped(uri, capabilities)
-    elif Capability.MULTIFD in capabilities:
+    elif {Capability.MULTIFD, Capability.POSTCOPY_PREEMPT} & capabilities:
         require_many_connections(uri)
-        if adapts(parameters) and not uses_return_path(capabilities):
-            raise OptionError("multifd-compression adaptive needs capability 'return-path'")
+    channels = Capability.MULTIFD in capabilities and Capability.MAPPED_RAM not in capabilities
+    if channels and adapts(parameters) and not uses_return_path(capabilities):
+        raise OptionError("multifd-compression adaptive needs capability 'return-path'")
+    if Capability.BACKGROUND_SNAPSHOT in capabilities:
+        require_write_protection()
     able = carries_return_path(parse_uri(uri))
     if uses_return_path(capabilities) and not able:
         named = "return-path" if Capability.RETURN_PATH in capabilities else "postcopy-ram"

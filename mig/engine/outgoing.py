@@ -3,36 +3,31 @@
 from __future__ import annotations
 
 import contextlib
-import select
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import ClassVar
 
-from mig.channel import (
-    Channel,
-)
+from mig.channel import Channel
 from mig.dirty import DirtyLog
 from mig.engine.agreement import agree_to_adapt
 from mig.engine.blockers import Blockers, Moment, Notifier
 from mig.engine.convergence import Convergence, ConvergencePolicy, Period, PolicyMaker
 from mig.engine.dirtylimit import DirtyLimit
 from mig.engine.encoding import Encoding, adapts
+from mig.engine.goover import PostcopyPolicy
 from mig.engine.outcheck import check_outgoing, reasons_of, uses_return_path
-from mig.engine.outlanes import OutgoingLanes, open_lanes
+from mig.engine.outlanes import open_lanes
+from mig.engine.outstats import SentBytes, source_stats
 from mig.engine.postcopysource import PostcopySource
 from mig.engine.precopy import Precopy
 from mig.engine.rate import RateLimit
-from mig.engine.requests import PageRequests
-from mig.engine.returnpath import ReturnPath
+from mig.engine.recovery import RecoveryPolicy
+from mig.engine.snapshot import SnapshotPhase
 from mig.engine.unplug import Unplugging
 from mig.errors import (
     BlockedError,
-    CancelledError,
     ChannelError,
-    IdleTimeoutError,
-    MigError,
-    OptionError,
 )
 from mig.events import Event, PassStarted
 from mig.guest import EarlyGuest, SourceGuest, UnpluggingGuest
@@ -43,7 +38,7 @@ from mig.options import (
     MigMode,
     Options,
 )
-from mig.postcopy.source import advise, discards, package
+from mig.postcopy.source import advise
 from mig.ram.encode import PageEncoder
 from mig.ram.save import RamSaver
 from mig.ram.search import PageSearch, SourceBlock
@@ -53,9 +48,6 @@ from mig.stats import MigrationInfo, RamStats
 from mig.stream.writer import StreamWriter
 from mig.wire import PING_SETUP, CommandType
 
-#: seconds in which a destination that has everything may still confirm when it is cancelled
-_LAST_CALL = 2.0
-
 
 class OutgoingMigration(PostcopySource):
     """Sends a guest; matches the source side of QEMU's precopy.
@@ -64,13 +56,17 @@ class OutgoingMigration(PostcopySource):
     parameters:   values by QMP name
     policy:       when to stop the guest and how far to slow it down, or what makes such a policy,
                   as the class Patient does; QEMU's when None
+    postcopy:     when to go over to postcopy (AfterPasses, WhenStuck); start_postcopy() alone when
+                  None
+    recovery:     what to do when a postcopy is paused (Retry); its owner sees to it when None
     blockers:     reasons against it, shared by all that migrate this guest
     notifiers:    told of the moments of precopy; they may veto
     on_event:     told of every event (see mig.events)
 
     When the migration fails or is cancelled the guest runs again and nothing of it is lost. With
     capability ``return-path`` completed means that the destination has confirmed; without, that
-    every byte has been handed over.
+    every byte has been handed over. With capability ``background-snapshot`` the guest stays here
+    and runs on: what is sent is what it was at one moment.
     """
 
     table: ClassVar[Table] = OUTGOING
@@ -84,30 +80,28 @@ class OutgoingMigration(PostcopySource):
         capabilities: Iterable[str] | Mapping[str, bool] = (),
         parameters: Mapping[str, object] | None = None,
         policy: ConvergencePolicy | PolicyMaker | None = None,
+        postcopy: PostcopyPolicy | None = None,
+        recovery: RecoveryPolicy | None = None,
         blockers: Blockers | None = None,
         notifiers: Sequence[Notifier] = (),
         on_event: Callable[[Event], None] | None = None,
     ) -> None:
         options = Options.choose(capabilities, parameters, self.supported)
-        super().__init__(guest, options, on_event)
+        super().__init__(guest, options, on_event, goes_over=postcopy, recovery=recovery)
         self._policy = self._choose_policy(Convergence if policy is None else policy)
         self._blockers = blockers or Blockers()
         self._notifiers = tuple(notifiers)
         self._pinned: list[SourceBlock] = []
-        self._search: PageSearch | None = None
         self._log: DirtyLog | None = None
         self._precopy: Precopy | None = None
         self._saver: RamSaver | None = None
-        self._lanes: OutgoingLanes | None = None
         self._dirty_limit: DirtyLimit | None = None
         self._unplugging: Unplugging | None = None
         self._go_on = threading.Event()
         self._stopped = False
         self._was_running = True
-        self._all_said = False
-        self._last_call: threading.Timer | None = None
         self._running_bytes: int | None = None
-        self._encoding: Encoding | None = None
+        self._snapshot: SnapshotPhase | None = None
 
     def _choose_policy(self, policy: ConvergencePolicy | PolicyMaker) -> ConvergencePolicy:
         if not callable(policy):
@@ -125,8 +119,7 @@ class OutgoingMigration(PostcopySource):
         BlockedError when something stands against it.
         """
         check_outgoing(uri, self.capabilities, self.parameters, self._guest)
-        if resume and Capability.POSTCOPY_RAM not in self.capabilities:
-            raise OptionError("a migration that is resumed needs capability 'postcopy-ram'")
+        self._check_postcopy(resume)
         self._require_status(Status.NONE, Input.START)
         if not resume and (reasons := reasons_of(self._guest)):
             raise BlockedError("; ".join(reasons))
@@ -166,6 +159,8 @@ class OutgoingMigration(PostcopySource):
             info = self._dirty_limit.report(info)
         if self.status == Status.POSTCOPY_PAUSED and self._break is not None:
             info = replace(info, error=str(self._break))
+        if self._snapshot is not None:
+            return self._snapshot.report(info)
         precopy, saver = self._precopy, self._saver
         if precopy is None or saver is None:
             return info
@@ -206,12 +201,20 @@ class OutgoingMigration(PostcopySource):
         self._notify(Moment.SETUP)
         search, encoding = self._prepare_search()
         self._send_start(channel, writer)
+        if Capability.BACKGROUND_SNAPSHOT in self.capabilities:
+            self._save_snapshot(channel, writer, search, encoding)
+            self._confirm(channel)
+            return
         encoder = self._choose_encoder(channel, writer, search, encoding)
         saver = self._saver = self._make_saver(writer, encoder)
         saver.start()
+        self._link_urgent_early()
         self._become_active()
         precopy = self._precopy = self._prepare_precopy(search, saver)
         precopy.run()
+        if self._wants_postcopy:
+            # while the guest runs
+            self._link_urgent()
         self._switch_over()
         precopy.sync(guest_runs=False)
         self._notify(Moment.COMPLETE)
@@ -222,6 +225,29 @@ class OutgoingMigration(PostcopySource):
         else:
             self._complete(writer, saver)
             self._confirm(channel)
+
+    def _save_snapshot(
+        self, channel: Channel, writer: StreamWriter, search: PageSearch, encoding: Encoding
+    ) -> None:
+        mapped = Capability.MAPPED_RAM in self.capabilities
+        encoder = encoding.mapped(channel) if mapped else encoding.plain(writer)
+        saver = self._saver = self._make_saver(writer, encoder)
+        saver.start()
+        self._snapshot = SnapshotPhase(
+            self._guest,
+            search,
+            saver,
+            lambda: self.parameters,
+            cancel=self._cancel,
+            wake=self._wake,
+        )
+        with self._snapshot:
+            self._become_active()
+            devices = self._snapshot.freeze()
+            self._snapshot.save_memory()
+        saver.end()
+        writer.put(devices)
+        writer.flush()
 
     def _prepare_search(self) -> tuple[PageSearch, Encoding]:
         self._begin_unplug()
@@ -238,7 +264,9 @@ class OutgoingMigration(PostcopySource):
                 block.dirty.set(0, block.pages.npages)
         search = PageSearch(blocks, self._log, ignore_shared=self._ignores_shared)
         self._search = search
-        self._requests = PageRequests(search, self._wake)
+        if self.faults is not None and self.faults.order is not None:
+            search.follow(self.faults.order)
+        self._requests = self._page_requests(search)
         encoding = self._encoding = Encoding(
             search,
             self._counters,
@@ -293,27 +321,10 @@ class OutgoingMigration(PostcopySource):
 
     # ---- precopy ----------------------------------------------------------------------------
 
-    def _go_on_in_postcopy(self, writer: StreamWriter, search: PageSearch) -> None:
-        assert self._return_path is not None
-        for command in discards(search):
-            writer.put(command)
-        devices = package(self._guest.save_devices())
-        writer.flush()
-        with self._lock:
-            if self._error is not None:
-                raise self._error
-            # whatever happens from here on, the guest may run at the destination
-            self._handed_over = writer.offset
-            try:
-                self._move(Input.POSTCOPY)
-            except BaseException:
-                self._handed_over = None
-                raise
-        self._mark("handed over")
-        self._postcopy(search).run((writer, self._return_path), devices)
-
     def _postcopy_saver(self, writer: StreamWriter) -> RamSaver:
         assert self._encoding is not None
+        if self._channel is not None:
+            self._channel.keep_queue_short()
         saver = self._saver = self._make_saver(writer, self._encoding.plain(writer))
         return saver
 
@@ -334,6 +345,8 @@ class OutgoingMigration(PostcopySource):
         self._mark("connected")
 
     def _start_dirty_log(self) -> None:
+        if Capability.BACKGROUND_SNAPSHOT in self.capabilities:
+            return  # a page is sent once
         self._log = self._guest.dirty_log()
         if self._log is not None:
             self._log.start()
@@ -368,10 +381,16 @@ class OutgoingMigration(PostcopySource):
             may_leave=self._may_switch_over,
             notify=self._notify,
             on_period=self._period_over,
-            on_pass=lambda number: self._emit(PassStarted(number)),
+            on_pass=self._pass_begins,
             leave_now=lambda: self._wants_postcopy,
             sleep=self._sleep,
         )
+
+    def _pass_begins(self, number: int) -> None:
+        self._emit(PassStarted(number))
+        remaining = self._search.remaining if self._search else 0
+        if not self._stopped and remaining and remaining >= self._policy.threshold:
+            self._consider_postcopy(number - 1, remaining)
 
     def _may_switch_over(self) -> bool:
         """Whether the destination has agreed, if it is to be asked (capability switchover-ack)."""
@@ -445,6 +464,7 @@ class OutgoingMigration(PostcopySource):
                 stack.callback(self._log.stop)
             for block in self._pinned:
                 stack.callback(block.pages.unpin)
+            stack.callback(self._close_bell)
             stack.callback(self._close_channel)
             if failed and self._return_path is not None and self._handed_over is None:
                 stack.callback(self._prefer_peer_error, self._return_path)
@@ -456,106 +476,26 @@ class OutgoingMigration(PostcopySource):
         for notifier in self._notifiers:
             notifier(moment)
 
-    def _close_channel(self) -> None:
-        if self._last_call is not None:
-            self._last_call.cancel()
-        if self._channel is not None:
-            self._channel.cancel()
-        if self._lanes is not None:
-            self._lanes.cancel()
-            self._lanes.close()
-        if self._return_path is not None:
-            self._return_path.join()
-        with self._lock:
-            channel, self._channel = self._channel, None
-        if channel is not None:
-            channel.close()
-
-    def _prefer_peer_error(self, return_path: ReturnPath) -> None:
-        """A write that failed because the destination gave up: what it said is the better error.
-
-        Its last word may still be on its way to the reading thread.
-        """
-        error = self._error
-        if isinstance(error, ChannelError) and not isinstance(error, IdleTimeoutError):
-            try:
-                return_path.wait_shut(1.0)
-            except CancelledError:
-                pass
-            except MigError as said:
-                if self._error is error and said is return_path.error:
-                    self._error = said
-
-    def _peer_failed(self, error: MigError) -> None:
-        """Called by another thread: the first error is set before the channel ends."""
-        with self._lock:
-            if self._handed_over is not None:
-                # nothing that went wrong before matters to a guest that lives elsewhere
-                return
-            self._fail(error)
-        self._interrupt()
-
-    def _lane_failed(self, error: MigError) -> None:
-        """Called by the channel's thread; the destination may be about to say the reason."""
-        self._fail(error)
-        if self._return_path is not None:
-            with contextlib.suppress(MigError):
-                self._return_path.wait_shut(1.0)
-        self._interrupt()
-
     def _interrupt(self) -> None:
         with self._lock:
             self._cancel.set()
             self._go_on.set()
-            if not self._all_said or self._error is not None:
-                self._cut_off()
-            elif self._last_call is None:
-                # the destination may own the guest already: hear what it says
-                self._last_call = threading.Timer(_LAST_CALL, self._cut_off)
-                self._last_call.daemon = True
-                self._last_call.start()
-
-    def _cut_off(self) -> None:
-        with self._lock:
-            if self._channel is not None:
-                self._channel.cancel()
-            if self._lanes is not None:
-                self._lanes.cancel()
-
-    def _sleep(self, seconds: float) -> None:
-        """Wait, but no longer than until parameters change."""
-        if seconds > 0:
-            with contextlib.suppress(IdleTimeoutError):
-                self._cancel.wait({self._wake.fd: select.POLLIN}, seconds)
-                self._wake.clear()
+            self._cut_off_soon()
 
     def _ram_stats(self) -> RamStats:
-        search, counters, precopy = self._search, self._counters, self._precopy
         beside = self._saver.nbytes_beside if self._saver else 0
-        transferred = beside + self._sent_before + (self._writer.offset if self._writer else 0)
-        page_size = search.listed[0].pages.page_size if search and search.listed else 0
-        running = transferred if self._running_bytes is None else self._running_bytes
-        standing = transferred if self._handed_over is None else self._handed_over
-        stats = RamStats(
-            transferred=transferred,
-            remaining=search.remaining if search else 0,
-            total=counters.total,
-            duplicate=counters.fill,
-            normal=counters.normal,
-            page_size=page_size,
-            dirty_sync_count=precopy.passes if precopy else 0,
-            precopy_bytes=running,
-            downtime_bytes=standing - running,
-            postcopy_bytes=transferred - standing,
-            postcopy_requests=self._requests.total if self._requests is not None else 0,
-            multifd_bytes=beside if Capability.MULTIFD in self.capabilities else 0,
-            dirty_sync_missed_zero_copy=self._lanes.copied if self._lanes else 0,
+        main = self._sent_before + (self._writer.offset if self._writer else 0)
+        sent = SentBytes(
+            total=main + beside + self._urgent_bytes,
+            running=self._running_bytes,
+            here=self._handed_over,
+            channels=beside if Capability.MULTIFD in self.capabilities else 0,
         )
-        if precopy is None:
-            return stats
-        return replace(
-            stats,
-            dirty_pages_rate=round(precopy.dirty_pages_per_second),
-            bandwidth=precopy.bandwidth,
-            pages_per_second=round(precopy.pages_per_second),
+        return source_stats(
+            sent,
+            (self._counters, self._urgent_counters),
+            self._search,
+            self._precopy,
+            requests=self._requests.total if self._requests is not None else 0,
+            missed_zero_copy=self._lanes.copied if self._lanes else 0,
         )

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol, TypeAlias
+from dataclasses import dataclass
+from typing import Protocol
 
 from mig import _core
 from mig.engine.postcopy import PostcopySender
+from mig.engine.preempt import UrgentSender
 from mig.engine.requests import PageRequests
 from mig.engine.returnpath import ReturnPath
 from mig.errors import MigError, as_mig_error
 from mig.options import Parameters
+from mig.postcopy.release import Releaser
 from mig.ram.save import RamSaver
-from mig.ram.search import PageSearch
+from mig.ram.search import PageBatch, PageSearch
 from mig.records import Command
 from mig.state import Input
 from mig.stream.writer import StreamWriter
@@ -23,8 +26,17 @@ from mig.wire import CommandType, SectionType
 _BREAKS = (MigError, OSError)
 
 
-#: what is written to, and what comes back
-Link: TypeAlias = tuple[StreamWriter, ReturnPath]
+@dataclass(slots=True)
+class Link:
+    """The connections of the moment.
+
+    urgent: capability postcopy-preempt: what is asked for goes over it. A recovery may make it
+            later than the others
+    """
+
+    writer: StreamWriter
+    return_path: ReturnPath
+    urgent: UrgentSender | None = None
 
 
 class Owner(Protocol):
@@ -40,16 +52,23 @@ class Owner(Protocol):
     def _relink(self) -> Link:
         """Wait for another URI, and connect to it."""
 
+    def _link_urgent(self) -> UrgentSender | None:
+        """Connect for urgent pages, unless that was done or is not to be."""
+
     def _unlink(self) -> None:
         """Let go of the connection."""
 
     def _postcopy_saver(self, writer: StreamWriter) -> RamSaver: ...
+
+    def _resumed(self) -> None:
+        """The destination goes on."""
 
 
 class PostcopyPhase:
     """Runs from the switchover to the end.
 
     background: whether pages that nobody waits for are sent, too
+    releaser:   gives memory back that is sent, None: it stays
     on_break:   told of what broke a connection, before the status says so; raises when the
                 postcopy was given up
     """
@@ -61,12 +80,14 @@ class PostcopyPhase:
         requests: PageRequests,
         *,
         background: Callable[[], bool],
+        releaser: Releaser | None,
         on_break: Callable[[MigError], None],
     ) -> None:
         self._owner = owner
         self._search = search
         self._requests = requests
         self._background = background
+        self._releaser = releaser
         self._on_break = on_break
 
     def run(self, link: Link | None, package: bytes = b"") -> None:
@@ -79,11 +100,13 @@ class PostcopyPhase:
             try:
                 if link is None:
                     link = self._owner._relink()
-                    self._resume(*link)
+                    self._resume(link)
                 else:
-                    link[0].put(package)
-                    link[0].flush()
-                self._send_rest(*link)
+                    link.writer.put(package)
+                    link.writer.flush()
+                    if self._releaser is not None:
+                        self._releaser.release_clean(self._search)
+                self._send_rest(link)
                 return
             except _BREAKS as error:
                 self._on_break(as_mig_error(error))
@@ -92,24 +115,40 @@ class PostcopyPhase:
             link = None
             self._owner._move(Input.INTERRUPT)
 
-    def _send_rest(self, writer: StreamWriter, return_path: ReturnPath) -> None:
+    def _send_rest(self, link: Link) -> None:
+        writer, urgent = link.writer, link.urgent
         saver = self._owner._postcopy_saver(writer)
+        if urgent is not None:
+            urgent.start()
         PostcopySender(
-            self._search,
+            self._search if urgent is None else urgent.search,
             self._requests,
             saver,
+            serves=urgent is None,
             bandwidth=lambda: self._owner.parameters.max_postcopy_bandwidth,
             background=self._background,
             sleep=self._owner._sleep_until_woken,
+            on_sent=self.sent,
         ).run()
-        return_path.may_confirm = True
+        if urgent is not None:
+            urgent.drain()
+        link.return_path.may_confirm = True
         saver.end()
         writer.put(bytes([SectionType.EOF]))
         writer.flush()
-        return_path.wait_shut(self._owner.parameters.timeout)
+        if urgent is not None:
+            urgent.finish()
+        # until then the connection for urgent pages stays open: later QEMUs end it themselves
+        link.return_path.wait_shut(self._owner.parameters.timeout)
 
-    def _resume(self, writer: StreamWriter, return_path: ReturnPath) -> None:
+    def sent(self, batch: PageBatch) -> None:
+        """The kernel has these pages. Any thread that sends."""
+        if self._releaser is not None:
+            self._releaser.sent(batch)
+
+    def _resume(self, link: Link) -> None:
         """Find out what the destination has, and go on; matches postcopy_do_resume()."""
+        writer, return_path = link.writer, link.return_path
         timeout = self._owner.parameters.timeout
         names = [block.idstr for block in self._search.blocks]
         return_path.awaited.update(names)
@@ -123,8 +162,10 @@ class PostcopyPhase:
             self._search.replace_dirty(block.idstr, received)
         # the walk may have been broken off in the middle of a host page
         self._search.rewind()
+        # the destination has the main connection for sure
+        link.urgent = self._owner._link_urgent()
         return_path.may_resume = True
         writer.put(Command(CommandType.POSTCOPY_RESUME).encode())
         writer.flush()
         return_path.wait_until(lambda: return_path.resumed, timeout)
-        self._owner._move(Input.RESUMED)
+        self._owner._resumed()

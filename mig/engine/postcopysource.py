@@ -8,12 +8,15 @@ import threading
 from abc import abstractmethod
 from collections.abc import Callable
 
-from mig.channel import Channel, connect
-from mig.engine.migration import Migration
-from mig.engine.outcheck import check_outgoing
+from mig.engine.encoding import Encoding
+from mig.engine.goover import PostcopyPolicy
+from mig.engine.outcheck import check_outgoing, check_recovery
+from mig.engine.outlink import SourceLink
 from mig.engine.outpostcopy import Link, PostcopyPhase
+from mig.engine.preempt import UrgentSender
+from mig.engine.recovery import Attempt, RecoveryPolicy
 from mig.engine.requests import PageRequests
-from mig.engine.returnpath import ReturnPath
+from mig.engine.wake import Wake
 from mig.errors import (
     CancelledError,
     IdleTimeoutError,
@@ -21,35 +24,53 @@ from mig.errors import (
     OptionError,
     PeerError,
     StateError,
+    as_mig_error,
 )
 from mig.events import Event
-from mig.guest import SourceGuest
+from mig.guest import ReleasingGuest, SourceGuest
 from mig.options import Capability, Options
+from mig.postcopy.dialect import PreemptDialect, preempt_dialect
+from mig.postcopy.faultorder import FaultLog
+from mig.postcopy.release import Releaser
+from mig.postcopy.source import discards, package
 from mig.ram.save import RamSaver
 from mig.ram.search import PageSearch
 from mig.state import FINAL, Input, Status
+from mig.stats import RamCounters
 from mig.stream.writer import StreamWriter
+from mig.wire import PING_SETUP
 
 #: statuses in which the guest can still be made to run at the destination at once
 _BEFORE_POSTCOPY = frozenset({Status.NONE, Status.SETUP, Status.WAIT_UNPLUG, Status.ACTIVE})
 
 
-class PostcopySource(Migration):
+class PostcopySource(SourceLink):
     """A source that can go over to postcopy, and whose connection may then break and come again."""
 
     def __init__(
-        self, guest: SourceGuest, options: Options, on_event: Callable[[Event], None] | None
+        self,
+        guest: SourceGuest,
+        options: Options,
+        on_event: Callable[[Event], None] | None,
+        *,
+        goes_over: PostcopyPolicy | None,
+        recovery: RecoveryPolicy | None,
     ) -> None:
         super().__init__(options, on_event)
         self._guest = guest
-        self._uri = ""
-        self._channel: Channel | None = None
-        self._return_path: ReturnPath | None = None
-        self._writer: StreamWriter | None = None
+        self._goes_over = goes_over
+        self._recovery = recovery
         self._resumes = False
         self._wants_postcopy = False
         self._background = True
-        self._requests: PageRequests | None = None
+        #: in which order pages are known to be wanted, and where it is noted; set before start()
+        self.faults: FaultLog | None = None
+        self._search: PageSearch | None = None
+        self._encoding: Encoding | None = None
+        # set when somebody waits for a page that goes over a connection of its own
+        self._bell: Wake | None = None
+        # of pages that went over it; only the thread that sends them counts
+        self._urgent_counters = RamCounters()
         # bytes sent before the guest may have run at the destination; None: it has not
         self._handed_over: int | None = None
         # bytes sent over connections that are gone
@@ -57,7 +78,10 @@ class PostcopySource(Migration):
         self._break: MigError | None = None
         self._link_error: MigError | None = None
         self._recovering = threading.Event()
-        self._abandoned = False
+        # what the policy wants to be done about the break; None: the owner sees to it
+        self._attempt: Attempt | None = None
+        self._phase: PostcopyPhase
+        self._paused_by_owner = False
 
     # ---- for the owner; any thread ----------------------------------------------------------
 
@@ -86,15 +110,19 @@ class PostcopySource(Migration):
         with self._lock:
             if self.status != Status.POSTCOPY_RECOVER:
                 self._require_status(Status.POSTCOPY_ACTIVE, Input.INTERRUPT)
-            self._link_error = self._link_error or CancelledError("paused by migrate-pause")
+            if self._link_error is None:
+                self._paused_by_owner = True
+                self._link_error = CancelledError("paused by migrate-pause")
             self._cut_off()
             self._wake.set()
 
     def recover(self, uri: str) -> None:
         """Go on with a postcopy that is paused, over another connection (migrate with resume).
 
-        UriError, OptionError as of start(); StateError in another status.
+        UriError, OptionError as of start(), and with capability release-ram; StateError in another
+        status.
         """
+        check_recovery(self.capabilities)
         check_outgoing(uri, self.capabilities, self.parameters, self._guest)
         with self._lock:
             self._require_status(Status.POSTCOPY_PAUSED, Input.RECOVER)
@@ -118,6 +146,12 @@ class PostcopySource(Migration):
             self._cut_off()
 
     @property
+    def waits_for_owner(self) -> bool:
+        """Whether it stands in status postcopy-paused until its owner does something."""
+        with self._lock:
+            return self.status == Status.POSTCOPY_PAUSED and self._attempt is None
+
+    @property
     def background(self) -> bool:
         """Whether pages that nobody waits for are sent in postcopy, too; can change at any time."""
         return self._background
@@ -129,17 +163,120 @@ class PostcopySource(Migration):
             if self.status != Status.NONE:
                 self._wake.set()
 
-    # ---- connections ------------------------------------------------------------------------
+    # ---- going over -------------------------------------------------------------------------
+
+    def _check_postcopy(self, resume: bool) -> None:
+        """OptionError when what is wanted of a postcopy is not possible."""
+        if resume:
+            check_recovery(self.capabilities)
+        if self._recovery is not None:
+            check_recovery(self.capabilities)
+        wanted = {
+            "a migration that is resumed": resume,
+            "a policy for postcopy": self._goes_over is not None,
+            "a policy for recovery": self._recovery is not None,
+        }
+        for what, needed in wanted.items():
+            if needed and Capability.POSTCOPY_RAM not in self.capabilities:
+                raise OptionError(f"{what} needs capability 'postcopy-ram'")
+
+    def _consider_postcopy(self, passes: int, remaining: int) -> None:
+        """A pass begins while the guest runs, and too much is dirty for it to be stopped."""
+        policy = self._goes_over
+        if policy is not None and not self._wants_postcopy and policy.goes_over(passes, remaining):
+            self._wants_postcopy = True
+
+    def _go_on_in_postcopy(self, writer: StreamWriter, search: PageSearch) -> None:
+        assert self._return_path is not None
+        urgent = self._link_urgent()
+        for command in discards(search):
+            writer.put(command)
+        devices = package(self._guest.save_devices())
+        writer.flush()
+        with self._lock:
+            if self._error is not None:
+                raise self._error
+            # whatever happens from here on, the guest may run at the destination
+            self._handed_over = writer.offset
+            try:
+                self._move(Input.POSTCOPY)
+            except BaseException:
+                self._handed_over = None
+                raise
+        self._mark("handed over")
+        self._postcopy(search).run(Link(writer, self._return_path, urgent), devices)
 
     def _postcopy(self, search: PageSearch) -> PostcopyPhase:
         assert self._requests is not None
-        return PostcopyPhase(
+        releases = Capability.RELEASE_RAM in self.capabilities
+        guest = self._guest
+        phase = self._phase = PostcopyPhase(
             self,
             search,
             self._requests,
             background=lambda: self._background,
+            releaser=Releaser(guest) if releases and isinstance(guest, ReleasingGuest) else None,
             on_break=self._note_break,
         )
+        return phase
+
+    # ---- urgent pages -----------------------------------------------------------------------
+
+    @property
+    def _preempt(self) -> PreemptDialect | None:
+        if Capability.POSTCOPY_PREEMPT not in self.capabilities:
+            return None
+        configuration = self._guest.configuration
+        return preempt_dialect(configuration.machine if configuration else None)
+
+    def _page_requests(self, search: PageSearch) -> PageRequests:
+        self._bell = None if self._preempt is None else Wake()
+        return PageRequests(search, self._bell or self._wake, self.faults)
+
+    def _link_urgent_early(self) -> None:
+        if self._preempt is not None and self._preempt.early:
+            self._link_urgent()
+
+    def _link_urgent(self) -> UrgentSender | None:
+        """Connect for urgent pages, unless that was done or is not to be."""
+        dialect = self._preempt
+        if dialect is None or self._bell is None or self._urgent is not None:
+            return self._urgent
+        assert self._search is not None
+        assert self._requests is not None
+        assert self._encoding is not None
+        path, encoding = self._return_path, self._encoding
+        if path is not None and not dialect.early and self._handed_over is None:
+            # else the destination might take this connection for the main one
+            path.wait_until(lambda: PING_SETUP in path.pongs, self.parameters.timeout)
+        urgent = UrgentSender(
+            self._connect_beside(),
+            self._search,
+            self._requests,
+            self._bell,
+            lambda writer: encoding.plain(writer, self._urgent_counters),
+            ends=dialect.ends,
+            on_sent=lambda batch: self._phase.sent(batch),
+            on_empty=self._wake.set,
+            on_error=self._urgent_failed,
+        )
+        with self._lock:
+            self._urgent = urgent
+            self._check_wanted()
+        return urgent
+
+    def _urgent_failed(self, error: MigError) -> None:
+        """Called by its thread; the destination may be about to say the reason."""
+        if self._return_path is not None:
+            with contextlib.suppress(MigError):
+                self._return_path.wait_shut(1.0)
+        self._link_failed(error)
+
+    def _close_bell(self) -> None:
+        if self._bell is not None:
+            self._bell.close()
+
+    # ---- breaks -----------------------------------------------------------------------------
 
     def _note_break(self, error: MigError) -> None:
         """The reading thread cuts the connection off: what it has to say is the better error."""
@@ -152,6 +289,18 @@ class PostcopySource(Migration):
                 raise PeerError(
                     f"postcopy was given up, the destination is paused ({self._break})"
                 ) from error
+            by_owner = self._paused_by_owner
+        self._attempt = None if by_owner else self._next_attempt(error)
+
+    def _next_attempt(self, error: MigError) -> Attempt | None:
+        if self._recovery is None:
+            return None
+        try:
+            return self._recovery.broken(self._uri, error)
+        except Exception as mistake:
+            # of the policy; the guest is half here all the same
+            self._break = as_mig_error(mistake)
+            return None
 
     def _unlink(self) -> None:
         writer, self._writer = self._writer, None
@@ -162,17 +311,46 @@ class PostcopySource(Migration):
     def _relink(self) -> Link:
         # who abandons says so before he ends this wait
         if self.status == Status.POSTCOPY_PAUSED and not self._abandoned:
-            self._recovering.wait()
+            self._await_recovery()
         self._recovering.clear()
         self._link_error = None
+        self._paused_by_owner = False
         if self._abandoned:
             raise CancelledError("by its owner")
         channel = self._connect()
         self._break = None
         writer = self._writer = StreamWriter(channel)
         return_path = self._open_return_path(channel)
+        self._link_urgent_early()
         self._move(Input.CONNECTED)
-        return writer, return_path
+        return Link(writer, return_path, self._urgent)
+
+    def _await_recovery(self) -> None:
+        """Return when the owner wants it to go on, or the policy does."""
+        attempt = self._attempt
+        if self._recovering.wait(None if attempt is None else attempt.seconds):
+            return
+        assert attempt is not None
+        with self._lock:
+            if self._recovering.is_set():
+                return
+            self._uri = attempt.uri
+            self._move(Input.RECOVER)
+        check_outgoing(self._uri, self.capabilities, self.parameters, self._guest)
+
+    def _resumed(self) -> None:
+        self._move(Input.RESUMED)
+        if self._recovery is not None:
+            self._recovery.recovered()
+
+    def _peer_failed(self, error: MigError) -> None:
+        """Called by another thread: the first error is set before the channel ends."""
+        with self._lock:
+            if self._handed_over is not None:
+                # nothing that went wrong before matters to a guest that lives elsewhere
+                return
+            self._fail(error)
+        self._interrupt()
 
     def _sleep_until_woken(self, seconds: float | None) -> None:
         with contextlib.suppress(IdleTimeoutError):
@@ -180,13 +358,6 @@ class PostcopySource(Migration):
             self._wake.clear()
         if self._link_error is not None:
             raise self._link_error
-
-    def _open_return_path(self, channel: Channel) -> ReturnPath:
-        takes = Capability.POSTCOPY_RAM in self.capabilities
-        path = ReturnPath(channel, self._link_failed, self._requests if takes else None)
-        self._return_path = path
-        path.start()
-        return path
 
     def _link_failed(self, error: MigError) -> None:
         """Called by the return path's thread."""
@@ -199,29 +370,8 @@ class PostcopySource(Migration):
             if self._channel is not None:
                 self._channel.cancel()
 
-    def _connect(self) -> Channel:
-        channel = connect(self._uri, self._cancel, self.parameters.timeout)
-        with self._lock:
-            self._channel = channel
-            if self.status == Status.CANCELLING or self._abandoned:
-                # who cancelled has not seen the channel
-                raise CancelledError("cancelled")
-        return channel
-
     # ---- what the whole source does ---------------------------------------------------------
 
     @abstractmethod
     def _postcopy_saver(self, writer: StreamWriter) -> RamSaver:
         """Return what writes the sections of a connection."""
-
-    @abstractmethod
-    def _peer_failed(self, error: MigError) -> None:
-        """Called by another thread before the guest was handed over: the migration fails."""
-
-    @abstractmethod
-    def _close_channel(self) -> None:
-        """Let go of the connection."""
-
-    @abstractmethod
-    def _cut_off(self) -> None:
-        """End every wait for the destination."""

@@ -1,13 +1,16 @@
 """What a migration needs from a guest, and guests: a program's own, and threads that write."""
 
 from mig.guest.base import (
+    BalloonedGuest,
     BlockingGuest,
     DestinationGuest,
     EarlyGuest,
     LaneTarget,
+    LockedGuest,
     MappedTarget,
     PerVcpuGuest,
     PostcopyTarget,
+    ReleasingGuest,
     SourceGuest,
     UnpluggingGuest,
     VcpuThrottle,
@@ -15,8 +18,10 @@ from mig.guest.base import (
 from mig.guest.kvm import KvmGuest
 from mig.guest.memory import MemoryGuest
 from mig.guest.process import CorruptPage, GuestCounters, GuestReport, ProcessGuest
+from mig.guest.shared import SharedMapping
 
 __all__ = [
+    "BalloonedGuest",
     "BlockingGuest",
     "CorruptPage",
     "DestinationGuest",
@@ -25,11 +30,14 @@ __all__ = [
     "GuestReport",
     "KvmGuest",
     "LaneTarget",
+    "LockedGuest",
     "MappedTarget",
     "MemoryGuest",
     "PerVcpuGuest",
     "PostcopyTarget",
     "ProcessGuest",
+    "ReleasingGuest",
+    "SharedMapping",
     "SourceGuest",
     "UnpluggingGuest",
     "VcpuThrottle",

@@ -127,6 +127,18 @@ class BlockingGuest(Protocol):
         """What stands against its migration, in words. Any thread."""
 
 
+@runtime_checkable
+class ReleasingGuest(Protocol):
+    """What a SourceGuest may have besides: memory that capability release-ram gives back."""
+
+    def release_pages(self, idstr: str, first: int, npages: int) -> None:
+        """Let the host have these pages of a block: nobody will read them here any more.
+
+        Whole host pages. Called in postcopy by each thread that sends, one call at a time for a
+        page. OSError, ValueError: not possible with this block.
+        """
+
+
 class DestinationGuest(LoadTarget, Protocol):
     """A guest that can be received. All methods are called by the migration's own thread.
 
@@ -147,7 +159,8 @@ class PostcopyTarget(Protocol):
     Called by the migration's own thread in this order: advise, open_blocks and the precopy pages,
     discard, listen, load_devices, run, end, commit. From listen on put() is called by other threads
     at the same time, one for each connection, each with a parser of its own; a page comes once.
-    After run() there is no abort(): the guest lives here.
+    After run() there is no abort(), since the guest lives here, unless its owner gives it up: then
+    abandon and abort() follow.
     """
 
     def postcopy_probe(self) -> str | None:
@@ -179,6 +192,37 @@ class PostcopyTarget(Protocol):
 
     def postcopy_end(self) -> None:
         """All pages have come, or, after a failure before run(), none will."""
+
+    def postcopy_abandon(self) -> None:
+        """The owner gives the guest up: stop it, and end every wait for pages; abort() follows.
+
+        It may wait for pages and can only stop when these waits end, with whatever memory holds.
+        """
+
+
+@runtime_checkable
+class BalloonedGuest(Protocol):
+    """What a DestinationGuest may have besides: a balloon, which makes pages missing.
+
+    Called by the migration's own thread.
+    """
+
+    def inhibit_balloon(self, inhibited: bool) -> None:
+        """True when pages begin to be served in postcopy, after listen; False after its end."""
+
+
+@runtime_checkable
+class LockedGuest(Protocol):
+    """What a DestinationGuest may have besides: memory that is locked (mlock)."""
+
+    def unlock_memory(self) -> None:
+        """Unlock it: postcopy may come, and needs pages that are missing. OSError when it cannot.
+
+        Called by who starts to listen with capability postcopy-ram.
+        """
+
+    def lock_memory(self) -> None:
+        """Lock it again: the migration has ended, whichever way. Called by its own thread."""
 
 
 @runtime_checkable

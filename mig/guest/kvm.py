@@ -331,14 +331,22 @@ class KvmGuest(MemoryGuest):
         super().open_blocks(blocks, page_size)
         self._incomplete = True
 
+    def postcopy_run(self) -> None:
+        """Let the vCPUs run, whose memory comes when they touch it."""
+        self._incomplete = False
+        # who waits first is the first vCPU
+        self.vcpu_threads = [0] * len(self.vcpus)
+        super().postcopy_run()
+
+    def postcopy_abandon(self) -> None:
+        """Stop the vCPUs; what is there of their memory does not run."""
+        super().postcopy_abandon()
+        self._incomplete = True
+
     def commit(self) -> None:
         """The guest is all here: resume() may be called."""
         super().commit()
         self._incomplete = False
-
-    def abort(self) -> None:
-        """Release the memory; what is in there, and in the vCPUs, does not run."""
-        super().commit()
 
     def load_devices(self, state: DeviceState) -> None:
         """Give the sections to the devices; MismatchError unless every vCPU has one."""

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from uuid import UUID
 
 from mig import _core
 from mig.dirty import DirtyLog
 from mig.errors import MigError, MismatchError
+from mig.guest.shared import SharedClients, SharedMapping
 from mig.memory import GuestMemory
 from mig.pages import HOST_PAGE_SIZE
 from mig.postcopy.commands import Advise
 from mig.postcopy.faults import MemoryFaults
+from mig.postcopy.release import MemoryRelease
 from mig.postcopy.times import PostcopyTimes
 from mig.ram.search import SourceBlock
 from mig.records import BlockInfo, Configuration, SectionHeader
@@ -51,6 +54,7 @@ class MemoryGuest:
         on_throttle: Callable[[int], None] = lambda _: None,
     ) -> None:
         self.memory = memory
+        self._release = MemoryRelease(memory)
         self.devices = devices or DeviceRegistry()
         bits = memory.page_size.bit_length() - 1
         self.configuration: Configuration | None = Configuration(
@@ -72,6 +76,7 @@ class MemoryGuest:
         # shared with the source, which must not send them: idstr by place in the block list
         self._ignored: dict[int, str] = {}
         self._faults: MemoryFaults | None = None
+        self._clients = SharedClients(memory)
         #: ids of the threads that are its vCPUs, for the times they wait in postcopy; 0 stands for
         #: the next thread that waits. Read before the guest is resumed there.
         self.vcpu_threads: Sequence[int] = ()
@@ -134,6 +139,10 @@ class MemoryGuest:
     def save_devices(self) -> bytes:
         """Return the registered devices' sections, EOF and description."""
         return self.devices.save(self.memory.page_size, _RAM_SECTION + 1)
+
+    def release_pages(self, idstr: str, first: int, npages: int) -> None:
+        """Give pages back that the destination has."""
+        self._release.release(idstr, first, npages)
 
     # ---- destination ------------------------------------------------------------------------
 
@@ -276,6 +285,9 @@ class MemoryGuest:
     def postcopy_listen(self, requests: _core.PageRequests) -> None:
         """Serve accesses to what is not there."""
         self._postcopy.listen(requests)
+        server = self._postcopy.server
+        assert server is not None
+        self._clients.begin(server)
 
     def postcopy_run(self) -> None:
         """Resume the guest; its owner need not."""
@@ -295,12 +307,39 @@ class MemoryGuest:
         self._postcopy.ask_again()
 
     def postcopy_end(self) -> None:
-        """Its memory is as any other."""
+        """Its memory is as any other, also where other processes map it."""
+        self._clients.end()
         self._postcopy.end()
+
+    def postcopy_abandon(self) -> None:
+        """Stop the guest. It may wait for pages: these waits end, and it finds zeros."""
+        with ThreadPoolExecutor(1) as pool:
+            stopped = pool.submit(self.stop)
+            self.postcopy_end()
+        stopped.result()
 
     def postcopy_times(self) -> PostcopyTimes:
         """Return how long the guest waited for pages in its last postcopy."""
         return self._postcopy.times() if self._faults is not None else PostcopyTimes()
+
+    def postcopy_register_shared_ufd(
+        self, fd: int, mappings: Iterable[SharedMapping]
+    ) -> _core.FaultClient:
+        """Serve another process that maps blocks, too, in the postcopy that is on, or comes next.
+
+        fd: its userfaultfd, with which it has registered the mappings for missing pages; it stays
+            the caller's
+
+        To be called before it may touch them, by any thread. When the migration is over, whichever
+        way, they are registered no more. Returns what postcopy_unregister_shared_ufd() takes, for
+        a process that leaves before. ValueError for a mapping of anything else than whole pages of
+        a block that is memory of a file; OSError for more than 62 processes.
+        """
+        return self._clients.register(fd, mappings)
+
+    def postcopy_unregister_shared_ufd(self, client: _core.FaultClient) -> None:
+        """Serve it no more; more than once is the same. Any thread."""
+        self._clients.unregister(client)
 
     @property
     def _postcopy(self) -> MemoryFaults:
@@ -312,11 +351,18 @@ class MemoryGuest:
 
     def commit(self) -> None:
         """Release the memory to its owner."""
+        self._let_go()
+
+    def abort(self) -> None:
+        """Release the memory to its owner; its contents are whatever had arrived."""
+        self._clients.end()
+        if self._faults is not None:
+            self._faults.end()
+        self._let_go()
+
+    def _let_go(self) -> None:
+        self._clients.end()
         for pages, _, _ in self._loading:
             pages.unpin()
         self._loading.clear()
         self._ignored.clear()
-
-    def abort(self) -> None:
-        """Release the memory to its owner; its contents are whatever had arrived."""
-        self.commit()

@@ -344,6 +344,11 @@ class ProcessGuest(MemoryGuest):
         self.vcpu_threads = [0] * self._load.workers
         super().postcopy_run()
 
+    def postcopy_abandon(self) -> None:
+        """Stop the workers, which are given up with their memory."""
+        super().postcopy_abandon()
+        self._incomplete = True
+
     def commit(self) -> None:
         """The guest is all here: resume() may be called."""
         super().commit()

@@ -4,6 +4,7 @@ from mig.image.base import BlockPages, BlockSummary, Image
 from mig.image.mapped import MappedImage
 from mig.image.mappedcapture import MappedCapture
 from mig.image.open import open_image
+from mig.image.orderfile import OrderFile
 from mig.image.stream import StreamImage
 from mig.image.streamcapture import StreamCapture
 
@@ -13,6 +14,7 @@ __all__ = [
     "Image",
     "MappedCapture",
     "MappedImage",
+    "OrderFile",
     "StreamCapture",
     "StreamImage",
     "open_image",

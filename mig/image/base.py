@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import mmap
 import os
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO, ClassVar, Protocol, Self, overload
 
@@ -143,6 +144,9 @@ class Image(StandingStill, ABC):
     path:   the file
     offset: byte where its stream starts
 
+    Any number of migrations may send it at the same time: they share the mapping, and each has a
+    dirty bitmap of its own.
+
     The file is mapped, not read: who changes it under an open image changes what is sent, and who
     cuts it short may end the process.
     """
@@ -154,7 +158,9 @@ class Image(StandingStill, ABC):
         self.path = Path(path)
         self._file, self._map = _open(self.path, offset)
         self._view = memoryview(self._map)
-        self._handed_out: list[_core.Pages] = []
+        # made when it is first sent
+        self._kept: list[SourceBlock] | None = None
+        self._lock = threading.Lock()
 
     def _load(
         self, contents: Contents, offset: int, page_size: int, mapped: MappedPages | None = None
@@ -248,9 +254,22 @@ class Image(StandingStill, ABC):
 
     # ---- sending ----------------------------------------------------------------------------
 
-    @abstractmethod
     def source_blocks(self) -> Sequence[SourceBlock]:
-        """Return the blocks; every page that the file has is to be sent."""
+        """Return the blocks; every page that the file has is to be sent. Any thread.
+
+        ValueError after close().
+        """
+        with self._lock:
+            if self._map.closed:
+                raise ValueError(f"{self.path} is closed")
+            if self._kept is None:
+                self._kept = self._make_blocks()
+            kept = self._kept
+        return [replace(block, dirty=block.dirty.copy()) for block in kept]
+
+    @abstractmethod
+    def _make_blocks(self) -> list[SourceBlock]:
+        """Return the blocks; their dirty bitmaps say which pages the file has."""
 
     def save_devices(self) -> bytes:
         """Return the device state as it was received."""
@@ -260,16 +279,18 @@ class Image(StandingStill, ABC):
 
     def close(self) -> None:
         """Unmap the file; BufferError while a migration sends from it, or `pages` are in use."""
-        for pages in self._handed_out:
-            pages.release()
-        self._handed_out.clear()
-        self._view.release()
-        try:
-            self._map.close()
-        except BufferError:
-            self._view = memoryview(self._map)
-            raise
-        self._file.close()
+        with self._lock:
+            # a migration takes the first block first and lets go of it last
+            for block in self._kept or ():
+                block.pages.release()
+            self._kept = None
+            self._view.release()
+            try:
+                self._map.close()
+            except BufferError:
+                self._view = memoryview(self._map)
+                raise
+            self._file.close()
 
     def __enter__(self) -> Self:
         return self

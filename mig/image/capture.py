@@ -197,6 +197,9 @@ class Capture(ABC):
             state = dataclasses.replace(state, raw=state.raw + text)
         self._finish(state)
 
+    def postcopy_abandon(self) -> None:
+        """Nothing runs, and nobody waits."""
+
     # ---- pieces -----------------------------------------------------------------------------
 
     def _footer(self) -> bytes:

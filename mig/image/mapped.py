@@ -186,8 +186,7 @@ class MappedImage(Image):
 
     # ---- sending ----------------------------------------------------------------------------
 
-    def source_blocks(self) -> Sequence[SourceBlock]:
-        """Return the blocks; every page is to be sent, and is read when it is."""
+    def _make_blocks(self) -> list[SourceBlock]:
         out = []
         for number, block in enumerate(self._contents.blocks):
             stored, npages = self._stored[number], block.npages(self.page_size)
@@ -197,7 +196,6 @@ class MappedImage(Image):
             else:
                 region = self._region(number, self._view)
                 pages = _core.Pages(region, self.page_size, stored=stored)
-            self._handed_out.append(pages)
             out.append(
                 SourceBlock(
                     block.idstr,

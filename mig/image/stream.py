@@ -91,7 +91,8 @@ class StreamImage(Image):
     page_size: target page size in bytes where the stream does not name it
 
     Opening reads the stream once: a StreamError tells what is wrong with it. Pages stay in the
-    file, which is mapped.
+    file, which is mapped. Any number of migrations may send it at the same time: they share the
+    mapping, and each has a dirty bitmap of its own.
     """
 
     format = "stream"
@@ -143,12 +144,10 @@ class StreamImage(Image):
             return bytes(self.page_size)
         return bytes(self._view[place : place + self.page_size])
 
-    def source_blocks(self) -> Sequence[SourceBlock]:
-        """Return the blocks; every page that the stream has is to be sent."""
+    def _make_blocks(self) -> list[SourceBlock]:
         out = []
         for block, places in zip(self._contents.blocks, self._places, strict=True):
             pages = _core.Pages(self._view, self.page_size, where=places)
-            self._handed_out.append(pages)
             dirty = _core.Bitmap(len(places))
             bits = np.packbits(places != _core.PAGE_NONE, bitorder="little")
             np.asarray(dirty).view(np.uint8)[: len(bits)] = bits

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 
-_VERSION = re.compile(r"-(\d+)\.(\d+)$")
+from mig.machine import machine_version
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,8 +26,7 @@ def dialect_of(machine: str | None) -> Dialect:
     Matches QEMU's compatibility properties multifd-flush-after-each-section and
     zero-page-detection.
     """
-    found = _VERSION.search(machine or "")
-    version = (int(found[1]), int(found[2])) if found else None
+    version = machine_version(machine)
     return Dialect(
         sync_every_section=version is not None and version <= (8, 0),
         zero_in_packets=version is None or version >= (9, 0),

@@ -9,12 +9,15 @@ from mig.options.capability import Capability
 OUTGOING_CAPABILITIES: Final = frozenset(
     {
         Capability.AUTO_CONVERGE,
+        Capability.BACKGROUND_SNAPSHOT,
         Capability.COMPRESS,
         Capability.DIRTY_LIMIT,
         Capability.MAPPED_RAM,
         Capability.MULTIFD,
         Capability.PAUSE_BEFORE_SWITCHOVER,
+        Capability.POSTCOPY_PREEMPT,
         Capability.POSTCOPY_RAM,
+        Capability.RELEASE_RAM,
         Capability.RETURN_PATH,
         Capability.SWITCHOVER_ACK,
         Capability.VALIDATE_UUID,

@@ -122,10 +122,12 @@ class Package:
     def parse(cls, blob: bytes, offset: int, *, footers: bool) -> Package:
         """Take the blob, which stands at ``offset`` of its stream, apart; StreamError."""
         reader = StreamReader(data=blob)
-        before = _leading_commands(reader, offset)
+        end = len(blob) - len(_RUN)
+        # a guest may have no devices
+        before = _leading_commands(reader, offset, end if blob.endswith(_RUN) else len(blob))
         if CommandType.POSTCOPY_LISTEN not in [command.type for command in before]:
             raise StreamError("package without POSTCOPY_LISTEN", offset=offset)
-        start, end = reader.offset, len(blob) - len(_RUN)
+        start = reader.offset
         if end < start or blob[end:] != _RUN:
             raise StreamError("package does not end with POSTCOPY_RUN", offset=offset)
         pings = [command.value for command in before if command.type == CommandType.PING]
@@ -142,9 +144,9 @@ class Package:
         return cls(DeviceState(offset + start, raw, sections, b""), (*pings, *after))
 
 
-def _leading_commands(reader: StreamReader, offset: int) -> list[Command]:
+def _leading_commands(reader: StreamReader, offset: int, end: int) -> list[Command]:
     out = []
-    while reader.peek() == SectionType.COMMAND:
+    while reader.offset < end and reader.peek() == SectionType.COMMAND:
         at = offset + reader.offset
         reader.u8("a command")
         command = Command.read(reader)

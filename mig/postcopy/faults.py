@@ -45,10 +45,10 @@ class MemoryFaults:
         for block in memory:
             if block.pages.hva % HOST_PAGE_SIZE:
                 return f"block '{block.idstr}' does not begin at a page of the host"
-            if block.used_length % _unit(block):
+            if block.used_length % unit_of(block):
                 return (
                     f"block '{block.idstr}' of {block.used_length} bytes is not made of pages of "
-                    f"{_unit(block)}"
+                    f"{unit_of(block)}"
                 )
         return None
 
@@ -81,9 +81,10 @@ class MemoryFaults:
     def discard(self, idstr: str, start: int, nbytes: int) -> None:
         """Forget these bytes of a block; MismatchError for half a page of the host."""
         block, received, anonymous = self._find(idstr)
-        if start % _unit(block) or nbytes % _unit(block):
+        unit = unit_of(block)
+        if start % unit or nbytes % unit:
             raise MismatchError(
-                f"discard of {nbytes} bytes at {start:#x}, in pages of {_unit(block)}", block=idstr
+                f"discard of {nbytes} bytes at {start:#x}, in pages of {unit}", block=idstr
             )
         size = block.pages.page_size
         self._discard(block, start // size, nbytes // size, anonymous)
@@ -98,7 +99,7 @@ class MemoryFaults:
     def listen(self, requests: _core.PageRequests) -> None:
         """Serve accesses from now on."""
         blocks = [
-            (b.idstr.encode(), b.pages, _unit(b), received, anonymous, b.wants_huge_pages)
+            (b.idstr.encode(), b.pages, unit_of(b), received, anonymous, b.wants_huge_pages)
             for b, received, anonymous in self._blocks
         ]
         try:
@@ -141,6 +142,6 @@ class MemoryFaults:
             self._server = None
 
 
-def _unit(block: RamBlock) -> int:
+def unit_of(block: RamBlock) -> int:
     """Bytes that are placed at once."""
     return max(block.host_page_size, block.pages.page_size, HOST_PAGE_SIZE)

@@ -11,11 +11,16 @@ from mig import _core
 from mig.dirty.log import DirtyLog
 from mig.errors import OptionError
 from mig.pages import HOST_PAGE_SIZE, PageIndex
+from mig.postcopy.faultorder import FaultOrder
+from mig.ram.order import PageOrder
 
 #: pages of a batch at most: 4 MiB of small pages, so that a call is worth its overhead
 MAX_BATCH = 1024
 #: pages of a batch that ends with the host page that it would have ended in
 _MAX_WHOLE_BATCH = 2 * MAX_BATCH
+#: runs that are looked at for one batch, so that requests are not kept waiting by a long order of
+#: pages that have been sent
+_MOST_RUNS = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +51,11 @@ class SourceBlock:
         """Return the first page behind the host page that the page is in."""
         npages = max(1, self.host_page_size // self.pages.page_size)
         return min((page_index // npages + 1) * npages, self.pages.npages)
+
+    def host_pages(self, first: int, end: int) -> tuple[int, int]:
+        """Return the host pages that pages first..end are in, as pages of the block."""
+        npages = max(1, self.host_page_size // self.pages.page_size)
+        return first - first % npages, min(-(-end // npages) * npages, self.pages.npages)
 
     def forget_discarded(self) -> int:
         """Clear the dirty bits of discarded parts; returns how many were set."""
@@ -104,6 +114,8 @@ class PageSearch:
         self.inside_host_page = False
         #: whether every page has been looked at once: the first full round is over
         self.wrapped = False
+        # without blocks there is nothing to order
+        self._order = PageOrder(blocks[0].pages.page_size if blocks else HOST_PAGE_SIZE)
         self.rewind()
 
     def __getitem__(self, idstr: str) -> SourceBlock:
@@ -132,8 +144,23 @@ class PageSearch:
         """Whether the log only logs writes again when it is told to."""
         return bool(self._uncleared)
 
+    def follow(self, order: FaultOrder) -> None:
+        """Let pages go in this order first, host pages as a whole."""
+        numbers = {id(block): number for number, block in enumerate(self.blocks)}
+        of_listed = {n: numbers.get(id(block)) for n, block in enumerate(self.listed)}
+        self._order.follow(order, {n: own for n, own in of_listed.items() if own is not None})
+
+    @property
+    def place(self) -> int:
+        """How many runs of the order that it follows have been sent. Any thread."""
+        return self._order.place
+
     def rewind(self) -> None:
-        """Go on with the first page of the first block."""
+        """Go on with the first page of the first block, or of the order."""
+        self._order.rewind()
+        self._begin_walk()
+
+    def _begin_walk(self) -> None:
         self._block = 0
         self._page = 0
 
@@ -144,48 +171,91 @@ class PageSearch:
                    host page it ends in, unless that takes more than MAX_BATCH: the rest of so
                    large a page comes with the next ones (`inside_host_page`)
         """
-        self.inside_host_page = False
+        inside, self.inside_host_page = self.inside_host_page, False
         room = self._index[: min(max(max_pages, 1), MAX_BATCH)]
-        # the block that it begins in may have dirty pages before the one it begins with
         if not self.remaining:
             self.wrapped = True
             return None
+        if self._order.pending and not inside:
+            batch = self._next_in_order(room)
+            if batch is not None:
+                return batch
+        return self._walk(room)
+
+    def _walk(self, room: PageIndex) -> PageBatch | None:
+        """Take the next dirty pages from where it stands."""
+        # the block that it begins in may have dirty pages before the one it begins with
         for _ in range(len(self.blocks) + 1):
             if self._block == len(self.blocks):
                 self.wrapped = True
-                self.rewind()
+                self._begin_walk()
             block = self.blocks[self._block]
             n = block.dirty.take(self._page, room)
             if n:
                 if block.host_page_size > block.pages.page_size:
                     n += self._finish_host_page(block, n)
-                index = self._index[:n]
-                self._page = int(index[-1]) + 1
-                self.remaining -= n * block.pages.page_size
-                if self._uncleared:
-                    self._clear_log(block, index)
-                return PageBatch(block, index)
+                self._page = int(self._index[n - 1]) + 1
+                return self._taken(block, self._index[:n])
             self._block += 1
             self._page = 0
         return None
 
+    def _taken(self, block: SourceBlock, index: PageIndex) -> PageBatch:
+        self.remaining -= len(index) * block.pages.page_size
+        if self._uncleared:
+            self._clear_log(block, index)
+        return PageBatch(block, index)
+
+    def next_in_order(self, max_pages: int = MAX_BATCH) -> PageBatch | None:
+        """As next_batch(), but None also when what comes next is only the rest."""
+        if self.inside_host_page or not (self.remaining and self._order.pending):
+            return None
+        return self._next_in_order(self._index[: min(max(max_pages, 1), MAX_BATCH)])
+
+    def _next_in_order(self, room: PageIndex) -> PageBatch | None:
+        """Take pages that are worth sending before the rest; None: there are none."""
+        n, number = 0, None
+        for _ in range(_MOST_RUNS):
+            run = self._order.next()
+            if n == len(room) or run is None or number not in (None, run.block):
+                break
+            block = self.blocks[run.block]
+            first, end = block.host_pages(run.first, run.end)
+            left = block.dirty.count(first, end - first) if first < end else 0
+            fits = min(left, len(room) - n)
+            if fits < left and block.host_page_size > block.pages.page_size:
+                if n:
+                    break
+                # begun here it is finished, however long it is
+                self._block, self._page = run.block, first
+                return self._walk(room)
+            if fits:
+                n += block.dirty.take(first, room[n : n + fits])
+                number = run.block
+            self._order.took(run, run.end if fits == left else int(room[n - 1]) + 1)
+        if number is None:
+            return None
+        # neighbours make one piece of what is sent, and the log wants them so
+        room[:n].sort()
+        return self._taken(self.blocks[number], room[:n])
+
     def take(self, block: SourceBlock, first: int, npages: int) -> PageBatch | None:
         """Take what is dirty of these pages, host pages as a whole; None when nothing is.
 
-        The walk goes on behind them: what is near will be wanted, too.
+        What is near goes next, and the walk goes on behind them, it will be wanted, too; but not
+        while the walk is inside a host page.
         """
-        per_host_page = max(1, block.host_page_size // block.pages.page_size)
-        first -= first % per_host_page
-        end = min(-(-(first + npages) // per_host_page) * per_host_page, block.pages.npages)
+        first, end = block.host_pages(first, first + npages)
+        number = self.blocks.index(block)
+        # also of what is on its way already: who waits for that will soon be past it
+        self._order.requested(number, first, end)
         n = block.dirty.count(first, end - first)
         index = np.empty(n, dtype=np.uint64)
         if not n or not block.dirty.take(first, index):
             return None
-        self.remaining -= n * block.pages.page_size
-        if self._uncleared:
-            self._clear_log(block, index)
-        self._block, self._page = self.blocks.index(block), end
-        return PageBatch(block, index)
+        if not self.inside_host_page:
+            self._block, self._page = number, end
+        return self._taken(block, index)
 
     def replace_dirty(self, idstr: str, dirty: _core.Bitmap) -> None:
         """Let these pages of a block be dirty, and no others."""

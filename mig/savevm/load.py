@@ -109,6 +109,7 @@ class StreamLoader:
         self._ram: RamLoader | None = None
         self._ram_id = -1
         self._ram_ended = False
+        self._ram_continued = False
         # whether sections end with footers, None until the first one has ended
         self._footers: bool | None = None
 
@@ -185,6 +186,12 @@ class StreamLoader:
         reader = self._reader
         reader.section = None
         at = reader.offset
+        if self._ram_continued and reader.peek() == SectionType.FULL:
+            # a background snapshot of QEMU has no SECTION_END: its first device ends RAM
+            self._ram_ended = True
+            if self._is_mapped:
+                raise self._without_bitmaps(at)
+            return
         kind = reader.u8("the stream, before the end of RAM")
         if kind == SectionType.START:
             self._start_section(at)
@@ -246,6 +253,16 @@ class StreamLoader:
             self._target.load_early_device(header, self._reader)
         self._footer(header.section_id)
 
+    def _without_bitmaps(self, at: int) -> UnsupportedError:
+        self._reader.u8("a section")
+        return UnsupportedError(
+            "a background snapshot, for which QEMU writes no bitmaps: nobody knows which pages are "
+            "in the file",
+            capability=Capability.BACKGROUND_SNAPSHOT,
+            offset=at,
+            section=SectionHeader.read(self._reader).idstr,
+        )
+
     def _continue_section(self, at: int, kind: SectionType) -> None:
         section_id = self._reader.u32("a section header")
         if self._ram is None or section_id != self._ram_id:
@@ -253,6 +270,7 @@ class StreamLoader:
         self._reader.section = RAM_IDSTR
         self._ram.load_payload()
         self._footer(self._ram_id)
+        self._ram_continued = True
         self._ram_ended = kind == SectionType.END
         if self._ram_ended and self._lanes is not None:
             self._lanes.finish()

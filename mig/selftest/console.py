@@ -13,6 +13,7 @@ from mig.selftest.errors import SelftestError
 
 READY = "mig-guest: ready"
 _TICK = re.compile(r"^mig-guest: tick (\d+) checked (\d+) bad (\d+)\r*\n", re.MULTILINE)
+_SLOW = re.compile(r"^mig-guest: slow((?: \d+)+)\r*\n", re.MULTILINE)
 _COMPLAINT = re.compile(r"^mig-guest: (?:corrupt|error) ")
 
 
@@ -28,6 +29,11 @@ class Tick:
 def parse_ticks(text: str) -> list[Tick]:
     """Return the ticks in console output; unfinished lines do not count."""
     return [Tick(*map(int, match)) for match in _TICK.findall(text)]
+
+
+def slow_touches(text: str) -> list[int]:
+    """Return the microseconds of every slow touch; unfinished lines do not count."""
+    return [int(number) for numbers in _SLOW.findall(text) for number in numbers.split()]
 
 
 def complaints(text: str) -> list[str]:

@@ -16,7 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
-from mig.selftest.console import READY, Console, Tick, parse_ticks
+from mig.selftest.console import READY, Console, Tick, parse_ticks, slow_touches
 from mig.selftest.errors import SelftestError
 from mig.selftest.packages import run
 from mig.selftest.qmp import QmpConnection, QmpConnectionError
@@ -88,9 +88,13 @@ class GuestSpec:
     memory_extra_kib: int = 8
     """KiB of memory beyond `memory_mib`: see `arguments`."""
     fill_mib: int = 32
-    mode: Literal["idle", "dirty"] = "idle"
+    mode: Literal["idle", "dirty", "touch"] = "idle"
     dirty_kib: int = 4096
     """KiB rewritten each second, in dirty mode."""
+    touch_us: int = 500
+    """Microseconds between two touches of pages at random, in touch mode."""
+    tick_ms: int = 200
+    """Milliseconds between two ticks."""
     machine: str = "pc"
     pattern: Literal["random", "sparse", "delta", "compressible"] = "random"
     extra: tuple[str, ...] = ()
@@ -108,7 +112,8 @@ class GuestSpec:
         # that leaves the emulator's TLB as it was. An odd size avoids it.
         parameters = (
             f"{_KERNEL_PARAMETERS} migmib={self.fill_mib} migmode={self.mode} "
-            f"migdirtykib={self.dirty_kib} migpattern={self.pattern}"
+            f"migdirtykib={self.dirty_kib} migpattern={self.pattern} "
+            f"migtouchus={self.touch_us} migtickms={self.tick_ms}"
         )
         boot = ["-kernel", str(self.kernel), "-initrd", str(self.initrd), "-append", parameters]
         return ["-machine", self.machine, "-m", f"{self.memory_bytes // 1024}k", *boot, *self.extra]
@@ -329,6 +334,10 @@ class Qemu:
     def ticks(self) -> list[Tick]:
         """Return the ticks that the guest reported in this process."""
         return parse_ticks(self.console())
+
+    def slow_touches(self) -> list[int]:
+        """Return the microseconds of touches that had to wait, in touch mode, in this process."""
+        return slow_touches(self.console())
 
     def bad_pages(self) -> int:
         """Return how many corrupt pages the guest has found."""

@@ -53,8 +53,8 @@ def folder(tmp_path: Path) -> Path:
     return path
 
 
-@pytest.fixture
-def postcopies(tmp_path: Path) -> Iterator[Lab]:
-    """Postcopies by hand."""
-    with closed_lab(tmp_path) as lab:
+@pytest.fixture(params=["plain", "preempt"])
+def postcopies(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Lab]:
+    """Postcopies by hand, with a connection for urgent pages and without."""
+    with closed_lab(tmp_path, {"postcopy-preempt"} if request.param == "preempt" else ()) as lab:
         yield lab

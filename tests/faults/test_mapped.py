@@ -15,7 +15,7 @@ from reference.mapped import Block
 from reference.stream import Device
 
 import mig
-from mig.errors import MigError, MismatchError, StreamError, TruncatedError
+from mig.errors import MigError, MismatchError, StreamError, TruncatedError, UnsupportedError
 
 PAGE = 4096
 MIB = 1 << 20
@@ -191,6 +191,17 @@ def test_records_have_no_place_in_it(tmp_path, record):
     with pytest.raises(StreamError):
         mig.open_image(tmp_path / "f")
     assert isinstance(loaded(tmp_path / "f")[0], StreamError)
+
+
+def test_a_background_snapshot_of_qemu_s_which_has_no_bitmaps(tmp_path):
+    """QEMU 10.0 takes both capabilities, and loads such a file as a guest of zeros."""
+    pages = [Block("pc.ram", 4 * MIB, {0: b"\x01" * PAGE}, bitmap=bytes(128))]
+    written = mapped.write(tmp_path / "f", pages, DEVICES, snapshot=True)
+    with pytest.raises(UnsupportedError, match="no bitmaps") as caught:
+        mig.open_image(tmp_path / "f")
+    assert caught.value.capability == "background-snapshot"
+    assert caught.value.offset == written.end + 13
+    assert isinstance(loaded(tmp_path / "f", pc_ram=4 * MIB)[0], UnsupportedError)
 
 
 def test_a_header_where_the_capability_is_not_named(tmp_path):

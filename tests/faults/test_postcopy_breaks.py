@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import random
+import struct
 import threading
 
 import pytest
@@ -261,7 +262,7 @@ def test_giving_up(postcopies, status, monkeypatch):
             go.wait(FOREVER)
             return mig.channel.connect(*args)
 
-        monkeypatch.setattr("mig.engine.postcopysource.connect", slow)
+        monkeypatch.setattr("mig.engine.outlink.connect", slow)
         source.recover(far.uri)
         held.wait(FOREVER)
     links = len(far.links)
@@ -502,7 +503,8 @@ def test_half_of_a_package_is_followed_by_nothing(postcopies):
     mine.state = bytes(32 << 20)
     far = postcopies.far()
     held = threading.Event()
-    far.on["ping"] = lambda what: held.wait(FOREVER) if what[1] == 2 else None
+    pong = struct.pack(">I", 1)
+    far.on["ping"] = lambda what: held.wait(FOREVER) if what[1] == 2 else far.link.say(2, pong)
     source = postcopies.source(mine.guest, parameters={"idle-timeout": 0.2})
     source.start(far.uri)
     is_paused(source)

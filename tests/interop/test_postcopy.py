@@ -142,3 +142,27 @@ def test_one_file_runs_many_guests(lab, version):
             assert migration.wait(FOREVER)
             destination.wait_ticks(3)
             assert destination.bad_pages() == 0
+
+
+def test_one_command_runs_many_guests_and_learns(lab, assert_goes_on):
+    """What the first guests have waited for, the last one need not ask for."""
+    spec, file, source = captured(lab, "10.0", "dirty")
+    guests, uris = [], []
+    for number in range(2):
+        destination = lab.incoming("10.0", spec)
+        destination.set_capabilities({"postcopy-ram": True})
+        uris.append(f"unix:{lab.path(f'out{number}')}")
+        destination.migrate_incoming(uris[-1])
+        guests.append(destination)
+    # slowly, so that they do wait
+    options = ("--postcopy", "--background", "32M", "--json")
+    result = lab.mig("send", file, *uris, *options, "--record-order").result()
+    assert [m["status"] for m in result["migrations"]] == ["completed", "completed"]
+    for destination in guests:
+        assert_goes_on(source, destination)
+        destination.close()
+    asked = min(m["ram"]["postcopy-requests"] for m in result["migrations"])
+    destination, uri = waiting(lab, "10.0", spec)
+    last = lab.mig("send", file, uri, *options).result()
+    assert_goes_on(source, destination)
+    print(f"asked for {asked} pages, then for {last['ram']['postcopy-requests']}")

@@ -136,6 +136,25 @@ def test_qemu_resumes_a_postcopy_into_a_file(lab, assert_goes_on, version, preem
     restored(lab, version, spec, source, file, assert_goes_on)
 
 
+@pytest.mark.parametrize("version", ["7.2", "10.0"])
+def test_preempt_is_refused_by_name_where_it_is_off(lab, version):
+    source = lab.boot(version, lab.spec("pc", "idle"))
+    command, uri, file = receiver(lab, preempt=False)
+    source.set_capabilities({"postcopy-ram": True, "postcopy-preempt": True})
+    source.set_parameters({"max-bandwidth": SLOW})
+    source.migrate(uri)
+    if version == "10.0":
+        assert wait_for(source, "active") == "active"
+        source.command("migrate-start-postcopy")
+    assert command.finish() == 1
+    assert "postcopy-preempt" in command.stderr
+    assert not os.path.exists(file)  # noqa: PTH110
+    if version == "7.2":
+        # long before the guest would have been handed over
+        assert wait_for(source, "active") == "failed"
+        assert source.command("query-status")["status"] == "running"
+
+
 class Mirror(mig.MemoryGuest):
     """Has whatever memory the source has, and devices that nobody looks at."""
 

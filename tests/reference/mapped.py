@@ -60,10 +60,12 @@ def write(
     page_size: int = 4096,
     config: bytes | None = None,
     records: bytes = b"",
+    snapshot: bool = False,
 ) -> Written:
     """Write a file whose stream begins at ``start``.
 
-    records: of RAM that stand between the block list and its end
+    records:  of RAM that stand between the block list and its end
+    snapshot: without the end of RAM, as QEMU does in a background snapshot
     """
     headers = {}
     with path.open("wb") as file:
@@ -81,7 +83,8 @@ def write(
             _write_block(file, block, page_size)
         end = file.tell() - start
         file.write(records + ram.eos() + stream.footer(2))
-        file.write(stream.ram_more(3, 2, b"") + stream.footer(2))
+        if not snapshot:
+            file.write(stream.ram_more(3, 2, b"") + stream.footer(2))
         file.write(stream.device_state(devices))
         nbytes = file.tell() - start
     return Written(headers, end, nbytes)

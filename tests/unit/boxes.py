@@ -92,5 +92,6 @@ class Pair:
 
     def end(self) -> None:
         for migration in self.migrations:
-            with contextlib.suppress(Exception):
-                migration.cancel()
+            for end in (migration.cancel, migration.abandon):
+                with contextlib.suppress(Exception):
+                    end()

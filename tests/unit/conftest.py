@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from unit.boxes import Pair
 from unit.postcopies import Lab, closed_lab
+from unit.snapshots import Block, closed_blocks, nothing_left
 
 
 @pytest.fixture
@@ -17,8 +18,21 @@ def made() -> Iterator[Pair]:
     pair.end()
 
 
-@pytest.fixture
-def postcopies(tmp_path: Path) -> Iterator[Lab]:
-    """Postcopies by hand."""
-    with closed_lab(tmp_path) as lab:
+@pytest.fixture(params=["plain", "preempt"])
+def postcopies(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Lab]:
+    """Postcopies by hand, with a connection for urgent pages and without."""
+    with closed_lab(tmp_path, {"postcopy-preempt"} if request.param == "preempt" else ()) as lab:
         yield lab
+
+
+@pytest.fixture
+def block() -> Iterator[Callable[..., Block]]:
+    """Makes blocks for snapshots, and ends them and their writers."""
+    with closed_blocks() as make:
+        yield make
+
+
+@pytest.fixture
+def nothing_is_left() -> Iterator[None]:
+    with nothing_left():
+        yield

@@ -37,6 +37,9 @@ class Link:
         self.sock = sock
         self.left = limit
         self.nbytes = 0
+        self.closed = False
+        #: block of the last record
+        self.last: str | None = None
         self._file = sock.makefile("rb")
 
     def read(self, n: int) -> bytes:
@@ -63,7 +66,18 @@ class Link:
         with contextlib.suppress(OSError):
             self.sock.sendall(struct.pack(">HH", kind, len(data)) + data + more)
 
+    def is_urgent(self) -> bool:
+        """Whether it begins with a record: others begin with a header or a command."""
+        try:
+            found = self.sock.recv(1, socket.MSG_PEEK)
+        except ConnectionResetError as error:
+            raise GoneError("reset") from error
+        if not found:
+            raise GoneError("nothing was said")
+        return found == b"\0"
+
     def close(self) -> None:
+        self.closed = True
         with contextlib.suppress(OSError):
             self.sock.shutdown(socket.SHUT_RDWR)
 
@@ -75,9 +89,14 @@ class Far:
             ("page", block, number, contents)
     on:     what is done at a name instead of the usual answer, given the tuple
     limits: after how many bytes connections are cut, the first one first; None: never
+    links:  main connections; with ``preempt`` others come beside them
+    beside: those, once they have said something, and what came over them: ("page", block, number)
+            and ("eos",)
     """
 
-    def __init__(self, path: Path, *, limits: tuple[int | None, ...] = ()) -> None:
+    def __init__(
+        self, path: Path, *, limits: tuple[int | None, ...] = (), preempt: bool = False
+    ) -> None:
         self.uri = f"unix:{path}"
         self.heard: list[tuple] = []
         self.on: dict[str, Callable[[tuple], None]] = {}
@@ -89,9 +108,12 @@ class Far:
         self.listening = False
         self.twice: list[tuple[str, int]] = []
         self.links: list[Link] = []
+        self.beside: list[Link] = []
+        self.urgent: list[tuple] = []
+        self._preempt = preempt
+        self._all: list[Link] = []
         self.errors: list[BaseException] = []
         self._ended = 0
-        self._last: str | None = None
         self._path = path
         self._listener = socket.socket(socket.AF_UNIX)
         self._listener.bind(str(path))
@@ -139,6 +161,11 @@ class Far:
         more = struct.pack(">Q", size) + data + struct.pack(">Q", mark)
         self.link.say(5, bytes([len(block)]) + block.encode(), more)
 
+    @property
+    def complete(self) -> bool:
+        """Whether every page is there."""
+        return all(len(self.pages[n]) * PAGE == nbytes for n, nbytes in self.blocks.items())
+
     def same_as(self, memory) -> bool:
         assert not self.errors, self.errors
         for block in memory:
@@ -156,11 +183,11 @@ class Far:
         with contextlib.suppress(OSError):
             self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
-        for link in self.links:
+        for link in self._all:
             link.close()
         for thread in self._threads:
             thread.join(FOREVER)
-        for link in self.links:
+        for link in self._all:
             link._file.close()
             link.sock.close()
         self._path.unlink(missing_ok=True)
@@ -173,15 +200,29 @@ class Far:
                 sock, _ = self._listener.accept()
             except OSError:
                 return
-            link = Link(sock, self.limits.pop(0) if self.limits else None)
-            self.links.append(link)
-            thread = threading.Thread(target=self._serve, args=(link, len(self.links) == 1))
+            link = Link(sock, None)
+            self._all.append(link)
+            if not self._preempt:
+                self._begin(link)
+            thread = threading.Thread(target=self._serve, args=(link, len(self._all) == 1))
             self._threads.append(thread)
             thread.start()
 
+    def _begin(self, link: Link) -> None:
+        link.left = self.limits.pop(0) if self.limits else None
+        self.links.append(link)
+
     def _serve(self, link: Link, first: bool) -> None:
-        self._last = None
         try:
+            if self._preempt and link.is_urgent():
+                self.beside.append(link)
+                self._records(link)
+                self.urgent.append(("eos",))
+                # it stays open until the other end closes it
+                assert not link._file.read(1)
+                return
+            if self._preempt:
+                self._begin(link)
             if first:
                 assert link.read(8) == b"QEVM\0\0\0\3"
             while self._thing(link):
@@ -205,6 +246,9 @@ class Far:
         kind = link.number(1)
         if kind == 0:
             self._hear("eof")
+            while self._preempt and not link.closed and not self.complete:
+                # the last pages may be on the way on the other connection
+                time.sleep(0.001)
             self._answer(("eof",), lambda: link.say(1, bytes(4)))
             # a description is not to follow
             with contextlib.suppress(GoneError):
@@ -279,6 +323,10 @@ class Far:
         self.running = True
 
     def _ram(self, link: Link) -> None:
+        self._records(link)
+        link.read(5)
+
+    def _records(self, link: Link) -> None:
         while True:
             word = link.number(8)
             flags, at = word & (PAGE - 1), word & ~(PAGE - 1)
@@ -288,8 +336,8 @@ class Far:
                 self._list(link, at)
                 continue
             if not flags & 0x20:
-                self._last = link.name()
-            block = self._last
+                link.last = link.name()
+            block = link.last
             assert block is not None
             if flags & ~0x20 == 0x08:
                 contents = link.read(PAGE)
@@ -297,8 +345,9 @@ class Far:
                 assert flags & ~0x20 == 0x02
                 assert link.read(1) == b"\0"
                 contents = bytes(PAGE)
+            if link in self.beside:
+                self.urgent.append(("page", block, at // PAGE))
             self._place(block, at // PAGE, contents)
-        link.read(5)
 
     def _list(self, link: Link, left: int) -> None:
         while left:

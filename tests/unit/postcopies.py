@@ -21,18 +21,28 @@ TOTAL = NPAGES + 16
 class Lab:
     """Destinations by hand and sources, which are given up and closed with the test."""
 
-    def __init__(self, folder) -> None:
+    def __init__(self, folder, capabilities=()) -> None:
         self._folder = folder
+        self._capabilities = {"postcopy-ram", *capabilities}
         self._numbers = itertools.count()
         self.fars: list[Far] = []
         self.sources: list[OutgoingMigration] = []
 
+    @property
+    def preempt(self) -> bool:
+        """Whether urgent pages go over connections of their own."""
+        return "postcopy-preempt" in self._capabilities
+
     def far(self, **options) -> Far:
-        self.fars.append(Far(self._folder / f"far{next(self._numbers)}", **options))
+        path = self._folder / f"far{next(self._numbers)}"
+        self.fars.append(Far(path, preempt=self.preempt, **options))
         return self.fars[-1]
 
-    def source(self, guest, *, background=True, at_once=True, **options) -> OutgoingMigration:
-        source = OutgoingMigration(guest, capabilities={"postcopy-ram"}, **options)
+    def source(
+        self, guest, *, background=True, at_once=True, capabilities=(), **options
+    ) -> OutgoingMigration:
+        wanted = {*self._capabilities, *capabilities}
+        source = OutgoingMigration(guest, capabilities=wanted, **options)
         source.background = background
         if at_once:
             source.start_postcopy()
@@ -90,12 +100,12 @@ def ours() -> list[str]:
 
 
 @contextlib.contextmanager
-def closed_lab(folder: Path) -> Iterator[Lab]:
+def closed_lab(folder: Path, capabilities=()) -> Iterator[Lab]:
     """Nothing is left behind: no thread, no descriptor."""
     # a test before this one may not have waited for its own
-    until(lambda: not ours(), "the end of others")
+    until(lambda: not ours(), f"the end of {ours()}")
     before = open_files()
-    lab = Lab(folder)
+    lab = Lab(folder, capabilities)
     try:
         yield lab
     finally:

@@ -133,6 +133,30 @@ def test_many_pieces_arrive_in_order(pair):
     assert out.nbytes == 0
 
 
+def test_a_queue_can_be_kept_short(cancel, pair):
+    """A TCP socket takes little more than its peer does; nothing is lost, others do not mind."""
+    with (
+        Listener("tcp:127.0.0.1:0") as listener,
+        connect(listener.uri, cancel, FOREVER) as source,
+        listener.accept(cancel, FOREVER) as end,
+    ):
+        fd = source._fd
+        source.keep_queue_short()
+        with socket.socket(fileno=os.dup(fd)) as sock:
+            assert sock.getsockopt(socket.IPPROTO_TCP, 25) == 128 << 10
+        data = os.urandom(BIG)
+        thread = threading.Thread(target=source.send, args=(queue(data),))
+        thread.start()
+        got = bytearray(BIG)
+        assert end.readinto(got, 0, BIG) == BIG
+        thread.join(FOREVER)
+        assert got == data
+    pair[0].keep_queue_short()
+    reading, writing = os.pipe()
+    with Channel(reading, "r") as a, Channel(writing, "w"):
+        a.keep_queue_short()
+
+
 def test_a_pipe_is_read_and_written():
     receiving, sending = os.pipe()
     with Channel(receiving, "r") as reader, Channel(sending, "w") as writer:

@@ -13,8 +13,8 @@ from click.testing import CliRunner
 
 import mig
 from mig.cli import main
-from mig.cli.demo import _throttle
-from mig.demo import guests
+from mig.cli.demo import _Display, _throttle
+from mig.demo import guests, job
 from mig.demo.job import Demo, DemoError, DemoReport, check
 from mig.errors import DirtyLogError, KvmUnavailableError
 from mig.guest.kvm import probe
@@ -73,11 +73,58 @@ def test_a_virtual_machine_moves():
     assert report["destination"]["writes"] > report["source"]["writes"] > 0
 
 
+@pytest.mark.parametrize("guest", ["process", "kvm"])
+def test_a_guest_runs_at_the_other_end_before_its_memory_is_there(guest):
+    # not all of it is there before it is touched
+    slow = ("-p", "max-postcopy-bandwidth=16M")
+    done = demo("--guest", guest, "--postcopy", "--workers", "2", "--json", *slow)
+    missing = what_kvm_lacks() if guest == "kvm" else None
+    if missing is not None:
+        assert missing in done.stderr
+        return
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout.splitlines()[-1])
+    assert report["destination"]["ok"]
+    assert report["destination"]["npages"] == 4096
+    assert report["destination"]["writes"] > report["source"]["writes"] > 0
+    postcopy = report["postcopy"]
+    assert 0 < postcopy["time-to-run"] < 10
+    assert postcopy["requests"] == report["migration"]["ram"]["postcopy-requests"] > 0
+    assert postcopy["faults"] >= postcopy["requests"]
+    assert 0 < postcopy["p50"] <= postcopy["p99"]
+    assert len(postcopy["vcpus"]) == 2
+    assert report["migration"]["downtime"] <= report["migration"]["total-time"]
+
+
+def test_the_report_of_a_postcopy_is_for_people():
+    done = demo("--postcopy", "-c", "return-path=off")
+    assert done.returncode == 0, done.stderr
+    lines = {line.split()[0] for line in done.stdout.splitlines()}
+    assert lines >= {"guest", "migration", "pages", "downtime", "postcopy", "verified"}
+    assert "it ran at the destination after" in done.stdout
+
+
+def test_a_destination_that_dies_in_postcopy_takes_the_guest_with_it(monkeypatch):
+    made = []
+
+    class Noted(job._Destination):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            made.append(self)
+
+    monkeypatch.setattr(job, "_Destination", Noted)
+    arguments = ["demo", "--memory", "16M", "--postcopy", "-p", "max-postcopy-bandwidth=1M"]
+    monkeypatch.setattr(_Display, "show", lambda *_: made[0].kill())
+    done = CliRunner().invoke(main, arguments)
+    assert done.exit_code == 1
+    assert "postcopy was given up" in done.output
+
+
 def test_a_machine_without_kvm_is_told_what_to_do(monkeypatch):
     def refuse(*_: object, **__: object) -> None:
         raise KvmUnavailableError("opening /dev/kvm: No such file or directory")
 
-    monkeypatch.setattr(guests, "KvmGuest", refuse)
+    monkeypatch.setattr(guests, "_Kvm", refuse)
     done = CliRunner().invoke(main, ["demo", "--guest", "kvm", "--memory", "16M"])
     assert done.exit_code == 1
     assert "opening /dev/kvm: No such file or directory (--guest process" in done.output

@@ -135,6 +135,26 @@ def test_how_the_bytes_come_changes_nothing(seed, footers, buffer_size):
     assert target.pages == CONTENTS
 
 
+def snapshot_of_qemu(footers: bool = True) -> bytes:
+    """Without SECTION_END: all pages are in PARTs, then come the devices."""
+    end = stream.footer(2) if footers else b""
+    out = stream.header() + stream.configuration() + stream.ram_start(2, BLOCKS) + end
+    current = None
+    for burst in BURSTS:
+        out += stream.ram_more(2, 2, ram.encode(burst, PAGE, current)) + end
+        current = burst[-1].block
+    return out + stream.device_state(DEVICES, footers=footers)
+
+
+@pytest.mark.parametrize("footers", [False, True])
+def test_a_background_snapshot_of_qemu_has_no_end_of_ram(footers):
+    data = snapshot_of_qemu(footers)
+    for source in (StreamReader(data=data), StreamReader(Pieces(data, 3), buffer_size=64)):
+        target = load_from(source)
+        assert target.calls == calls(footers)
+        assert target.pages == CONTENTS
+
+
 def test_a_stream_need_not_have_a_configuration():
     target = load(stream.whole(BLOCKS, BURSTS, DEVICES, config=b""))
     assert target.calls == calls(configured=False)
@@ -215,9 +235,12 @@ def cuts(data: bytes) -> list[int]:
     return sorted(places)
 
 
+@pytest.mark.parametrize("background", [False, True])
 @pytest.mark.parametrize("footers", [False, True])
-def test_a_stream_cut_anywhere_is_a_truncation(footers):
+def test_a_stream_cut_anywhere_is_a_truncation(footers, background):
     data = stream.whole(BLOCKS, BURSTS, DEVICES, footers=footers)
+    if background:
+        data = snapshot_of_qemu(footers)
     devices = stream.device_state(DEVICES, footers=footers)
     end = len(data) - len(stream.description(DEVICES))
     for cut in cuts(data):

@@ -19,6 +19,7 @@ from mig import (
     GuestMemory,
     MappedImage,
     MemoryGuest,
+    ProcessGuest,
     SharedDirtyLog,
     Status,
     StreamCapture,
@@ -528,3 +529,22 @@ def test_a_bitmap_s_padding_is_ignored(two):
     bitmap = _core.PageFile(two).read_bitmap(70, 100)
     assert bitmap.count() == 70
     assert np.asarray(bitmap).tolist() == [2**64 - 1, 0x3F]
+
+
+# ---- a guest that writes all the time --------------------------------------------------------
+
+
+@pytest.mark.parametrize(("capabilities", "parameters"), WAYS)
+def test_a_guest_that_writes_all_the_time(made, tmp_path, capabilities, parameters):
+    """It checks each page before it writes it, in the source and when it is loaded again."""
+    uri = f"file:{tmp_path}/vm"
+    with ProcessGuest(16 << 20, workers=2, rate=64 << 20) as source:
+        source.start()
+        outgoing = write(made, source, uri, capabilities, {**parameters, "downtime-limit": 5})
+        assert outgoing.query().ram.dirty_sync_count > 1
+        with ProcessGuest(16 << 20, workers=2) as target:
+            assert load(made, target, uri, capabilities, parameters).wait(FOREVER)
+            assert target.verify().ok
+            target.resume()
+            target.stop()
+            assert target.verify().ok

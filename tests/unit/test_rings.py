@@ -10,7 +10,8 @@ import pytest
 import mig
 
 ROOT = Path(mig.__file__).parent
-PURE = ["wire", "records", "mapped", "pages", "state", "events", "stats", "errors"]
+PURE = ["postcopy/faultorder", "wire", "records", "mapped", "pages", "state", "events", "stats"]
+PURE += ["errors"]
 PURE_PACKAGES = ["options", "ram", "savevm", "stream"]
 BANNED = {"socket", "os", "select", "threading", "time", "asyncio"}
 

@@ -115,6 +115,9 @@ OWN_INCOMING = {
     ("cancelling", "cancelling"),
     ("cancelling", "completed"),
     ("cancelling", "cancelled"),
+    # given up by the owner
+    ("postcopy-paused", "failed"),
+    ("postcopy-recover", "failed"),
 }
 
 

@@ -1,0 +1,1 @@
+"""Background snapshots: memory as it was at one moment, while the guest writes on."""
