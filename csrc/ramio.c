@@ -179,6 +179,8 @@ static int64_t read_block(struct mig_ram_parser *p, const uint8_t *rec, size_t l
     return find_block(p, rec + MIG_RAM_WORD + 1, rec[MIG_RAM_WORD]);
 }
 
+enum { RECORDS_AHEAD = 8 };
+
 static bool is_page(uint64_t flags)
 {
     return flags == MIG_RAM_PAGE || flags == MIG_RAM_ZERO || flags == MIG_RAM_XBZRLE ||
@@ -201,6 +203,10 @@ static void take(struct mig_ram_parser *p, uint64_t page, uint64_t flags, const 
         p->packed[p->npacked++] = (uint32_t)i;
     }
     p->consumed += head + nbytes;
+    if (flags == MIG_RAM_PAGE) {
+        /* the records behind are most likely as long: their words would be waited for one by one */
+        __builtin_prefetch(rec + RECORDS_AHEAD * (head + nbytes));
+    }
 }
 
 int mig_ram_parse(struct mig_ram_parser *p, const uint8_t *buf, size_t len)

@@ -34,6 +34,7 @@ except ModuleNotFoundError as _error:
     ) from None
 
 from mig import errors, xbzrle
+from mig.analysis import Analysis, analyze
 from mig.conversion import convert
 from mig.dirty import DirtyLog, SharedDirtyLog, WriteTracker
 from mig.engine import (
@@ -72,6 +73,7 @@ except _PackageNotFoundError:
 
 __all__ = [
     "AfterPasses",
+    "Analysis",
     "Bitmap",
     "Blockers",
     "Capability",
@@ -103,6 +105,7 @@ __all__ = [
     "WriteTracker",
     "XbzrleCache",
     "__version__",
+    "analyze",
     "convert",
     "errors",
     "is_zero",

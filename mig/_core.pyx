@@ -23,7 +23,7 @@ from cpython.buffer cimport (
 )
 from libc.errno cimport errno
 from libc.stdint cimport (
-    INT64_MAX, UINT64_MAX, int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t,
+    INT64_MAX, SIZE_MAX, UINT64_MAX, int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t,
 )
 from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memcpy, memset
@@ -93,6 +93,7 @@ include "_core_compress.pxi"
 include "_core_out.pxi"
 include "_core_ram.pxi"
 include "_core_received.pxi"
+include "_core_analyze.pxi"
 include "_core_mappedlog.pxi"
 include "_core_mapped.pxi"
 include "_core_fd.pxi"

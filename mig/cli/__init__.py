@@ -5,8 +5,11 @@ from __future__ import annotations
 import click
 
 import mig
+from mig.cli.analyze import analyze
+from mig.cli.check import check
 from mig.cli.convert import convert
 from mig.cli.demo import demo
+from mig.cli.diff import diff
 from mig.cli.info import info
 from mig.cli.receive import receive
 from mig.cli.selftest import selftest
@@ -24,5 +27,5 @@ def main() -> None:
     """
 
 
-for _command in (demo, receive, send, info, convert, selftest):
+for _command in (demo, receive, send, info, analyze, diff, check, convert, selftest):
     main.add_command(_command)

@@ -23,13 +23,14 @@ def open_image(name: str | os.PathLike[str]) -> Image:
 
     A stream or a mapped-ram file, recognised by content.
     """
-    path, offset = _split(name)
+    path, offset = split_name(name)
     if Capability.MAPPED_RAM in stream_capabilities(name):
         return MappedImage(path, offset=offset)
     return StreamImage(path, offset=offset)
 
 
-def _split(name: str | os.PathLike[str]) -> tuple[str | os.PathLike[str], int]:
+def split_name(name: str | os.PathLike[str]) -> tuple[str | os.PathLike[str], int]:
+    """Return the path and the offset that a name of open_image() stands for."""
     if not (isinstance(name, str) and name.startswith("file:")):
         return name, 0
     uri = parse_uri(name)
@@ -43,7 +44,7 @@ def stream_capabilities(name: str | os.PathLike[str]) -> tuple[str, ...]:
 
     name: as of open_image(). ChannelError when it cannot be read.
     """
-    path, offset = _split(name)
+    path, offset = split_name(name)
     try:
         with open(path, "rb") as file:  # noqa: PTH123
             start = os.pread(file.fileno(), _START, offset)

@@ -50,5 +50,5 @@ def build(
 
 def _needs_codecs(path: Path) -> bool:
     text = path.read_text()
-    headers = ("<zlib.h>", "<zstd.h>", '"codec.h"', '"adaptive.h"', '"multifd.h"')
+    headers = ("<zlib.h>", "<zstd.h>", '"codec.h"', '"tally.h"', '"adaptive.h"', '"multifd.h"')
     return any(header in text for header in headers)
