@@ -18,10 +18,15 @@ from mig.conversion.x86 import MAIN_BLOCK, PageTables, Range, cpus_of, memory_ra
 from mig.engine import IncomingMigration, OutgoingMigration
 from mig.errors import MismatchError, OptionError, UnsupportedError
 from mig.image import Image, MappedCapture, StreamCapture, open_image
+from mig.image.capture import Capture
 from mig.image.newfile import NewFile
-from mig.image.open import stream_capabilities
+from mig.image.open import FoundStream, find_stream
+from mig.image.unpack import UnpackingSource
 from mig.options import Capability
+from mig.records import Command
 from mig.savevm.fields import decode_devices
+from mig.savevm.load import StreamLoader
+from mig.stream.reader import StreamReader
 
 
 class Format(StrEnum):
@@ -50,7 +55,8 @@ def convert(
     """Write the VM in ``source``, any image that open_image() takes, to ``path``.
 
     Streams with what a file does not keep (XBZRLE, compressed pages, pages that come again) are
-    taken, too: what is written has each page once.
+    taken, too, and files that are compressed as a whole (gzip, bzip2, xz, zstd, lzop; save files of
+    libvirt): what is written has each page once.
 
     format: see Format
     block:  the block that 'raw' writes; default: the longest, which is the machine's memory
@@ -94,19 +100,40 @@ _CAPTURES: dict[Format, Callable[..., MappedCapture | StreamCapture]] = {
 
 def _receive(source: str | os.PathLike[str], path: str | os.PathLike[str], kind: Format) -> bool:
     """Take a stream in, as from a source; False when it is a mapped-ram file."""
-    capabilities = set(stream_capabilities(source))
-    if Capability.MAPPED_RAM in capabilities:
+    found = find_stream(source)
+    if found.packing is None and Capability.MAPPED_RAM in found.capabilities:
         return False
     capture = _CAPTURES[kind](path)
-    incoming = IncomingMigration(capture, capabilities=capabilities & {Capability.X_IGNORE_SHARED})
-    name = os.fspath(source)
     try:
-        incoming.listen(name if name.startswith("file:") else f"file:{name}")
+        if found.packing is None:
+            _listen(found, capture)
+        else:
+            _unpack(found, found.packing, capture)
     except BaseException:
         capture.abort()
         raise
-    incoming.wait()
     return True
+
+
+def _listen(found: FoundStream, capture: Capture) -> None:
+    shared = {Capability.X_IGNORE_SHARED} & set(found.capabilities)
+    incoming = IncomingMigration(capture, capabilities=shared)
+    incoming.listen(f"file:{os.fspath(found.path)},offset={found.offset}")
+    incoming.wait()
+
+
+def _unpack(found: FoundStream, packing: str, capture: Capture) -> None:
+    with open(found.path, "rb") as file:  # noqa: PTH123
+        file.seek(found.offset)
+        with closing(UnpackingSource(file, packing)) as unpacked:
+            StreamLoader(
+                StreamReader(unpacked), capture, on_command=_ignore, capabilities=None
+            ).run()
+    capture.commit()
+
+
+def _ignore(command: Command) -> None:
+    """Nobody is told anything."""
 
 
 @contextmanager

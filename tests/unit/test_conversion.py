@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import gzip
+import lzma
 import struct
 from pathlib import Path
 
 import numpy as np
 import pytest
+import zstandard
 from reference import ram, stream
 from reference.ram import Record
 
@@ -20,7 +23,13 @@ from mig.conversion.x86 import (
     Segment,
     memory_ranges,
 )
-from mig.errors import ChannelError, MismatchError, OptionError, StreamError
+from mig.errors import (
+    ChannelError,
+    MismatchError,
+    OptionError,
+    StreamError,
+    UnsupportedError,
+)
 from mig.savevm.devices import DeviceSection
 from mig.savevm.fields import Device, Field, State
 
@@ -126,6 +135,58 @@ def test_streams_with_what_no_image_has(tmp_path):
     mig.convert(path, tmp_path / "raw", "raw")
     assert (tmp_path / "raw").read_bytes() == contents("pc.ram", bursts)
     assert names_in(tmp_path) == ["mapped-ram", "raw", "stream", "vm"]
+
+
+def save_file(data, number, magic=b"LibvirtQemudSave"):
+    """A save file of libvirt: version 2, running, no cookie."""
+    xml = b"<domain type='kvm'><name>web</name></domain>\0"
+    return magic + struct.pack("<5I", 2, len(xml), 1, number, 0) + bytes(56) + xml + data
+
+
+PACKED = {
+    "gzip": gzip.compress,
+    "xz": lzma.compress,
+    "zstd": zstandard.compress,
+    "libvirt raw": lambda data: save_file(data, 0),
+    "libvirt gzip": lambda data: save_file(gzip.compress(data), 1),
+    "libvirt zstd": lambda data: save_file(zstandard.compress(data), 5),
+}
+
+
+@pytest.mark.parametrize("packed", PACKED)
+@pytest.mark.parametrize("kind", ["mapped-ram", "raw"])
+def test_files_of_others(image, tmp_path, packed, kind):
+    whole = image.read_bytes()
+    image.write_bytes(PACKED[packed](whole))
+    out = tmp_path / "out"
+    mig.convert(image, out, kind)
+    if kind == "raw":
+        assert out.read_bytes() == contents("pc.ram")
+    else:
+        assert memory_of(out) == {name: contents(name) for name in BLOCKS}
+    if packed == "libvirt raw":
+        assert memory_of(image)["rom"] == contents("rom")
+    else:
+        with pytest.raises(UnsupportedError, match="convert"):
+            mig.open_image(image)
+    assert names_in(tmp_path) == ["out", "vm"]
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        save_file(b"", 0)[:50],
+        save_file(b"", 9),
+        save_file(b"", 0, magic=b"LibvirtQemudPart"),
+        gzip.compress(b"nothing"),
+        gzip.compress(b"QEVM")[:-4],
+    ],
+)
+def test_files_of_others_that_are_broken(tmp_path, data):
+    (tmp_path / "vm").write_bytes(data)
+    with pytest.raises(mig.MigError):
+        mig.convert(tmp_path / "vm", tmp_path / "out")
+    assert names_in(tmp_path) == ["vm"]
 
 
 @pytest.mark.parametrize(
