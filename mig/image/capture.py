@@ -118,7 +118,7 @@ class Capture(ABC):
         """Have the channels put pages into the file."""
         self._section_id = section_id
         with self._file.naming():
-            self._open_pages(parser)
+            self._prepare(parser)
             self._serve_lanes(receiver)
 
     def switchover_started(self) -> None:
@@ -137,8 +137,17 @@ class Capture(ABC):
 
     def _finish(self, state: DeviceState) -> None:
         with self._file.naming():
-            self._open_pages(self._any_parser())
+            self._prepare(self._any_parser())
             self._write_end(state)
+
+    def _prepare(self, parser: _core.RamParser) -> None:
+        """Have a place for pages before one comes, or when none did."""
+        try:
+            self._open_pages(parser)
+        except MemoryError as error:
+            raise MismatchError(
+                f"no memory to note the pages of {self._blocks.total} bytes of RAM"
+            ) from error
 
     # ---- postcopy: no guest runs here, so the source sends all in its own order ---------------
 
@@ -159,7 +168,7 @@ class Capture(ABC):
         """Be ready for two connections that bring pages."""
         self._postcopy = True
         with self._file.naming():
-            self._open_pages(self._any_parser())
+            self._prepare(self._any_parser())
 
     def postcopy_run(self) -> None:
         """Nothing runs."""

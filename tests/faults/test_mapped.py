@@ -200,7 +200,8 @@ def test_a_background_snapshot_of_qemu_s_which_has_no_bitmaps(tmp_path):
     with pytest.raises(UnsupportedError, match="no bitmaps") as caught:
         mig.open_image(tmp_path / "f")
     assert caught.value.capability == "background-snapshot"
-    assert caught.value.offset == written.end + 13
+    # behind the end of the block list, and a section of type, id, EOS and footer
+    assert caught.value.offset == written.end + 13 + 18
     assert isinstance(loaded(tmp_path / "f", pc_ram=4 * MIB)[0], UnsupportedError)
 
 

@@ -83,8 +83,7 @@ def write(
             _write_block(file, block, page_size)
         end = file.tell() - start
         file.write(records + ram.eos() + stream.footer(2))
-        if not snapshot:
-            file.write(stream.ram_more(3, 2, b"") + stream.footer(2))
+        file.write(stream.ram_more(2 if snapshot else 3, 2, b"") + stream.footer(2))
         file.write(stream.device_state(devices))
         nbytes = file.tell() - start
     return Written(headers, end, nbytes)
