@@ -218,6 +218,8 @@ def send(uri: str, options: str, file: str) -> None:
 
 
 def restore(options: str, file: str, *uris: str) -> None:
+    # as mig send --postcopy does
+    sys.setswitchinterval(0.0002)
     given = json.loads(options)
     with mig.open_image(file) as image:
         _ready()
