@@ -502,6 +502,11 @@ class _Line:
         if self._migration._urgent is not None and server is not None:
             server.drain()
 
+    def end_urgent(self) -> None:
+        urgent = self._migration._urgent
+        if urgent is not None:
+            urgent.end()
+
     def abandon(self) -> None:
         self._migration._abandon()
 

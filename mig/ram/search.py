@@ -158,6 +158,8 @@ class PageSearch:
     def rewind(self) -> None:
         """Go on with the first page of the first block, or of the order."""
         self._order.rewind()
+        # a host page that was begun is broken off: who goes on begins it anew, or not at all
+        self.inside_host_page = False
         self._begin_walk()
 
     def _begin_walk(self) -> None:

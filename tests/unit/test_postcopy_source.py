@@ -27,6 +27,7 @@ from unit.postcopies import (
 import mig
 from mig import MemoryGuest, OutgoingMigration, Status, _core
 from mig.engine.postcopy import PostcopySender
+from mig.engine.preempt import SharedSearch
 from mig.engine.requests import PageRequests
 from mig.guest import ProcessGuest
 from mig.postcopy.source import advise, discards, package
@@ -283,6 +284,29 @@ def test_a_request_waits_for_the_end_of_a_host_page_that_was_begun():
         sleep=lambda seconds: seconds or pytest.fail("nobody waits for ever"),
     ).run()
     assert sent.pages == list(range(8192))
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_host_page_that_was_broken_off_does_not_go_before_what_is_asked_for(shared):
+    search = search_of({"a": (8192, 4096)}, {"a": range(8192)})
+    search.next_batch(10)
+    assert search.inside_host_page
+    search.rewind()
+    everything = _core.Bitmap(8192, fill=True)
+    search.replace_dirty("a", everything)
+    walk = SharedSearch(search) if shared else search
+    assert not walk.inside_host_page
+    requests = PageRequests(search, SimpleNamespace(set=lambda: None))
+    requests.add("a", 4096 * PAGE, PAGE)
+    sent = Sent()
+
+    def asks(seconds):
+        requests.add("a", 0, PAGE)
+
+    PostcopySender(
+        walk, requests, sent, bandwidth=lambda: 0, background=lambda: False, sleep=asks
+    ).run()
+    assert sent.pages == [*range(4096, 8192), *range(4096)]
 
 
 @settings(max_examples=60, deadline=None)
