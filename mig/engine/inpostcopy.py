@@ -10,7 +10,7 @@ from typing import Protocol
 from mig import _core
 from mig.channel import Listener
 from mig.channel.open import Cancel
-from mig.errors import ChannelError, MigError, PeerError, StreamError, as_mig_error
+from mig.errors import CancelledError, ChannelError, MigError, PeerError, StreamError, as_mig_error
 from mig.guest import DestinationGuest, PostcopyTarget
 from mig.postcopy.commands import encode_received, idstr_of
 from mig.postcopy.load import PostcopyLoader
@@ -78,6 +78,8 @@ class IncomingPostcopy:
         self._listener: Listener | None = None
         self._thread = threading.Thread(target=self._listen, name="mig-listen", daemon=True)
         self._error: MigError | None = None
+        # what was wrong with the connection for urgent pages, and so ended the other one
+        self._blamed: MigError | None = None
         # what ended the reading of a connection
         self._unread: MigError | None = None
         #: what broke the connection last
@@ -158,6 +160,8 @@ class IncomingPostcopy:
             self._line.drain_urgent()
         except BaseException as error:
             self._unread = as_mig_error(error)
+            if isinstance(error, CancelledError) and self._blamed is not None:
+                self._unread = self._blamed
             server = self._guest.postcopy_server()
             if server is not None:
                 server.interrupt()
@@ -171,6 +175,7 @@ class IncomingPostcopy:
     def _interrupted(self, error: MigError) -> None:
         """Wait, for as long as it takes, until the source is there again."""
         self._line.disconnect()
+        self._blamed = None
         with self._condition:
             if not self._abandoned:
                 # else the connection was cut because of that
@@ -219,6 +224,10 @@ class IncomingPostcopy:
             if server is not None:
                 server.interrupt()
             return True
+
+    def blame(self, error: MigError) -> None:
+        """Say what is the reason if reading is cancelled now. Any thread."""
+        self._blamed = error
 
     def _require_owner(self) -> None:
         with self._condition:

@@ -322,6 +322,25 @@ def test_urgent_pages_that_never_come_are_a_break(made, tmp_path):
     box.check()
 
 
+@pytest.mark.parametrize("cut", [True, False], ids=["cut", "nonsense"])
+def test_what_is_wrong_with_urgent_pages_is_told(made, tmp_path, cut):
+    box = Box(made, tmp_path, capabilities=("postcopy-ram", "postcopy-preempt"))
+    urgent = Source.connect(box.incoming.uri)
+    box.switch()
+    box.runs()
+    if not cut:
+        urgent.send(b"\xff" * 8)
+    urgent.close()
+    box.reach("postcopy-paused")
+    assert box.incoming.query().error != "cancelled"
+    box.incoming.recover(f"unix:{tmp_path / 'again'}")
+    source, urgent = (Source.connect(box.incoming.uri) for _ in range(2))
+    source.send(stream.command(postcopy.RESUME))
+    source.expect(postcopy.RESUME_ACK, 1)
+    box.finish(source)
+    urgent.close()
+
+
 def test_a_failure_before_the_guest_runs_leaves_memory_that_can_be_used(box):
     def refuse() -> None:
         raise MismatchError("no")
