@@ -212,6 +212,10 @@ int mig_uffd_read(struct mig_uffd_stream *s)
     s->block = -1;
     mig_uffd_enter(s->u);
     rc = s->bare ? read_records(s) : read_all(s);
+    if (rc == MIG_UFFD_END && s->block >= 0) {
+        /* it would never be placed, and its guest would find zeros */
+        rc = MIG_E_UFFD_ORDER;
+    }
     mig_uffd_leave(s->u);
     return rc;
 }

@@ -105,7 +105,7 @@ cdef size_t _UFFD_READ_AHEAD = 1 << 18
 
 
 cdef dict _UFFD_ERRORS = {
-    MIG_E_UFFD_ORDER: "pages of one host page do not follow each other",
+    MIG_E_UFFD_ORDER: "pages of one host page do not follow each other, or are not all there",
     MIG_E_UFFD_SECTION: "a section, or its footer, of another id",
 }
 
@@ -374,9 +374,10 @@ cdef class FaultServer:
         """End serving and let go of the pages; more than once is the same. Readers must be gone."""
         cdef Pages pages
         if self.opened:
+            # first: other threads may ask for times meanwhile
+            self.opened = False
             with nogil:
                 mig_uffd_close(&self.c)
-            self.opened = False
         while self.clients:
             (<FaultClient>self.clients.pop()).served = False
         for _, pages, _ in self.kept:

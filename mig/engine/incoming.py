@@ -195,6 +195,9 @@ class IncomingMigration(Migration):
             else:
                 reader = StreamReader(channel)
             if Capability.POSTCOPY_PREEMPT in self.capabilities:
+                # first: it may end at once, and then this one has to, too
+                with self._lock:
+                    self._channel = channel
                 self._urgent = UrgentChannel(self._listener, self._urgent_ended)
             elif self._listener.accepts_more:
                 self._uninvited = Uninvited(
@@ -332,6 +335,8 @@ class IncomingMigration(Migration):
     def _urgent_ended(self, error: MigError | None) -> None:
         """What is wrong with one connection is wrong with both."""
         guest = cast("PostcopyGuest", self._guest)
+        if error is not None and self._postcopy is not None:
+            self._postcopy.blame(error)
         server = guest.postcopy_server()
         if server is not None:
             server.interrupt()
@@ -372,11 +377,11 @@ class IncomingMigration(Migration):
             listener.close()
             raise
         self._listener = listener
-        if Capability.POSTCOPY_PREEMPT in self.capabilities:
-            self._urgent = UrgentChannel(listener, self._urgent_ended)
         reader = StreamReader(channel)
         with self._lock:
             self._channel, self._reader = channel, reader
+        if Capability.POSTCOPY_PREEMPT in self.capabilities:
+            self._urgent = UrgentChannel(listener, self._urgent_ended)
         if channel.bidirectional:
             self._return = StreamWriter(channel)
         self._attach_requests()
@@ -501,6 +506,11 @@ class _Line:
         server = cast("PostcopyGuest", self._migration._guest).postcopy_server()
         if self._migration._urgent is not None and server is not None:
             server.drain()
+
+    def end_urgent(self) -> None:
+        urgent = self._migration._urgent
+        if urgent is not None:
+            urgent.end()
 
     def abandon(self) -> None:
         self._migration._abandon()

@@ -10,7 +10,7 @@ from typing import Protocol
 from mig import _core
 from mig.channel import Listener
 from mig.channel.open import Cancel
-from mig.errors import ChannelError, MigError, PeerError, StreamError, as_mig_error
+from mig.errors import CancelledError, ChannelError, MigError, PeerError, StreamError, as_mig_error
 from mig.guest import DestinationGuest, PostcopyTarget
 from mig.postcopy.commands import encode_received, idstr_of
 from mig.postcopy.load import PostcopyLoader
@@ -41,6 +41,9 @@ class Line(Protocol):
 
     def drain_urgent(self) -> None:
         """Wait for the pages that are still to come there; ChannelError when they do not."""
+
+    def end_urgent(self) -> None:
+        """Have nobody read there any more."""
 
     def abandon(self) -> None:
         """End every wait for the source."""
@@ -75,6 +78,10 @@ class IncomingPostcopy:
         self._listener: Listener | None = None
         self._thread = threading.Thread(target=self._listen, name="mig-listen", daemon=True)
         self._error: MigError | None = None
+        # what was wrong with the connection for urgent pages, and so ended the other one
+        self._blamed: MigError | None = None
+        # what ended the reading of a connection
+        self._unread: MigError | None = None
         #: what broke the connection last
         self.interruption: MigError | None = None
 
@@ -114,17 +121,20 @@ class IncomingPostcopy:
 
     def _end_reading(self) -> None:
         self._thread.join()
+        # the source may leave that connection open to the end, but memory is not served any more
+        self._line.end_urgent()
         with self._condition:
             self._over = True
             self._cancel.close()
 
-    @staticmethod
-    def _await_readers(server: _core.FaultServer, urgent: bool) -> None:
+    def _await_readers(self, server: _core.FaultServer, urgent: bool) -> None:
         """Wait until pages come without Python: who loads devices may touch what is missing.
 
         Then Python's lock is held until the page is there.
         """
-        server.await_readers(1)
+        if not server.await_readers(1):
+            # nobody would see that the devices wait for memory in vain
+            raise self._unread or ChannelError("the source left before the devices were loaded")
         if urgent:
             # where it connects later, devices that touch memory have to take their chance
             server.await_readers(2, _URGENT_PATIENCE)
@@ -149,12 +159,15 @@ class IncomingPostcopy:
             self._loader.listen()
             self._line.drain_urgent()
         except BaseException as error:
+            self._unread = as_mig_error(error)
+            if isinstance(error, CancelledError) and self._blamed is not None:
+                self._unread = self._blamed
             server = self._guest.postcopy_server()
             if server is not None:
                 server.interrupt()
             self._decided.wait()
             if self._runs:
-                self._interrupted(as_mig_error(error))
+                self._interrupted(self._unread)
                 return False
             # run() raises what it was
         return True
@@ -162,6 +175,7 @@ class IncomingPostcopy:
     def _interrupted(self, error: MigError) -> None:
         """Wait, for as long as it takes, until the source is there again."""
         self._line.disconnect()
+        self._blamed = None
         with self._condition:
             if not self._abandoned:
                 # else the connection was cut because of that
@@ -210,6 +224,10 @@ class IncomingPostcopy:
             if server is not None:
                 server.interrupt()
             return True
+
+    def blame(self, error: MigError) -> None:
+        """Say what is the reason if reading is cancelled now. Any thread."""
+        self._blamed = error
 
     def _require_owner(self) -> None:
         with self._condition:

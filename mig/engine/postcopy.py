@@ -29,6 +29,10 @@ class Walk(Protocol):
     def inside_host_page(self) -> bool:
         """Whether the next batch goes on with a host page that was begun."""
 
+    @property
+    def hurries(self) -> bool:
+        """Whether somebody waits for that host page, who is not among the requests."""
+
     def next_batch(self, max_pages: int) -> PageBatch | None:
         """Take the next pages."""
 
@@ -71,7 +75,8 @@ class PostcopySender:
         self._background = background
         self._sleep = sleep
         self._on_sent = on_sent
-        self._limit = RateLimit(bandwidth, self._wait)
+        self._bandwidth = bandwidth
+        self._limit = RateLimit(self._rate, self._wait)
         page_size = search.listed[0].pages.page_size if search.listed else 1
         self._page_size = page_size
         self._most = max(1, _BACKGROUND // page_size)
@@ -98,8 +103,15 @@ class PostcopySender:
             if batch is not None:
                 self._limit.spend(self._send(batch))
 
+    def _rate(self) -> int:
+        """The limit; none for a host page whose end somebody waits for."""
+        waits = self._search.hurries or (self._serves and self._requests.pending)
+        return 0 if waits and self._search.inside_host_page else self._bandwidth()
+
     def _wait(self, seconds: float) -> None:
         """Who waits for a page does not wait for the limit."""
+        # what came inside a host page has ended a sleep already
+        self._serve()
         self._sleep(seconds)
         self._serve()
 

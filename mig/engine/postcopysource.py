@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import select
 import threading
+import warnings
 from abc import abstractmethod
 from collections.abc import Callable
 
@@ -110,8 +111,9 @@ class PostcopySource(SourceLink):
         with self._lock:
             if self.status != Status.POSTCOPY_RECOVER:
                 self._require_status(Status.POSTCOPY_ACTIVE, Input.INTERRUPT)
+            # also where it breaks at this moment by itself: nobody but the owner ends this pause
+            self._paused_by_owner = True
             if self._link_error is None:
-                self._paused_by_owner = True
                 self._link_error = CancelledError("paused by migrate-pause")
             self._cut_off()
             self._wake.set()
@@ -327,6 +329,9 @@ class PostcopySource(SourceLink):
 
     def _await_recovery(self) -> None:
         """Return when the owner wants it to go on, or the policy does."""
+        if self._paused_by_owner:
+            # after the policy was asked
+            self._attempt = None
         attempt = self._attempt
         if self._recovering.wait(None if attempt is None else attempt.seconds):
             return
@@ -341,7 +346,12 @@ class PostcopySource(SourceLink):
     def _resumed(self) -> None:
         self._move(Input.RESUMED)
         if self._recovery is not None:
-            self._recovery.recovered()
+            try:
+                self._recovery.recovered()
+            except Exception as mistake:
+                # of the policy; the guest needs its memory all the same, also where warnings raise
+                with contextlib.suppress(Warning):
+                    warnings.warn(f"a recovery policy: {mistake!r}", RuntimeWarning, stacklevel=2)
 
     def _peer_failed(self, error: MigError) -> None:
         """Called by another thread: the first error is set before the channel ends."""

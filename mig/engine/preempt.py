@@ -33,6 +33,8 @@ class SharedSearch:
         self._lock = threading.Lock()
         # the host page that the walk is in, (block, first page, end), None between host pages
         self._begun: tuple[SourceBlock, int, int] | None = None
+        #: whether somebody waits for that host page
+        self.hurries = False
 
     @property
     def listed(self) -> Sequence[SourceBlock]:
@@ -62,11 +64,12 @@ class SharedSearch:
 
     def _walked(self, batch: PageBatch | None) -> PageBatch | None:
         """Note where the walk is now."""
-        self._begun = None
+        before, self._begun = self._begun, None
         if batch is not None and self._search.inside_host_page:
             block, last = batch.block, int(batch.index[-1])
             npages = block.host_page_size // block.pages.page_size
             self._begun = block, last // npages * npages, block.host_page_end(last)
+        self.hurries = self.hurries and self._begun == before
         return batch
 
     def take(self, block: SourceBlock, first: int, npages: int) -> PageBatch | None:
@@ -75,6 +78,7 @@ class SharedSearch:
             pieces = [(first, first + npages)]
             if self._begun is not None and self._begun[0] is block:
                 _, begin, end = self._begun
+                self.hurries = self.hurries or (first < end and begin < first + npages)
                 pieces = [(first, min(first + npages, begin)), (max(first, end), first + npages)]
             found = [self._search.take(block, a, b - a) for a, b in pieces if a < b]
         index = [batch.index for batch in found if batch is not None]

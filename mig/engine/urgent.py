@@ -61,8 +61,8 @@ class UrgentChannel:
             loader = self._loader
         loader.load_urgent(StreamReader(channel))
 
-    def close(self) -> None:
-        """End it and let go of it; more than once is the same."""
+    def end(self) -> None:
+        """Read no more; more than once is the same. The source may still say something."""
         with self._changed:
             self._closing = True
             self._cancel.set()
@@ -70,6 +70,10 @@ class UrgentChannel:
                 self._channel.cancel()
             self._changed.notify_all()
         self._thread.join()
+
+    def close(self) -> None:
+        """End it and let go of it; more than once is the same."""
+        self.end()
         self._cancel.close()
         if self._channel is not None:
             self._channel.close()

@@ -112,6 +112,8 @@ class PageSearch:
         self.remaining = sum(b.dirty.count() * b.pages.page_size for b in self.blocks)
         #: whether the last batch has left dirty pages of the host page it ends in: they come next
         self.inside_host_page = False
+        #: whether somebody waits for it to be finished, where that is not seen by the requests
+        self.hurries = False
         #: whether every page has been looked at once: the first full round is over
         self.wrapped = False
         # without blocks there is nothing to order
@@ -158,6 +160,8 @@ class PageSearch:
     def rewind(self) -> None:
         """Go on with the first page of the first block, or of the order."""
         self._order.rewind()
+        # a host page that was begun is broken off: who goes on begins it anew, or not at all
+        self.inside_host_page = False
         self._begin_walk()
 
     def _begin_walk(self) -> None:

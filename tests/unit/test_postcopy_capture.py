@@ -182,8 +182,11 @@ def test_a_broken_urgent_connection_pauses_both(made, tmp_path):
     kept.begin()
     kept.switch()
     pongs(kept.source)
+    urgent.send(b"nonsense")
     urgent.close()
     kept.reach("postcopy-paused")
+    # not that the other one was cancelled because of that
+    assert "ram" in kept.incoming.query().error
     kept.incoming.recover(f"unix:{tmp_path / 'again'}")
     source = Source.connect(kept.incoming.uri)
     urgent = Source.connect(kept.incoming.uri)

@@ -6,17 +6,20 @@ import mmap
 import os
 import random
 import threading
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from reference import postcopy, ram, stream
 from reference.postcopy import PAGE, Source
 from unit.boxes import FOREVER, error_of
+from unit.far import until
 from unit.missing import BIG, EARLY, RAM, UNIT, Box, Touch, page, record
 
 import mig
 from mig import _core
-from mig.errors import MigError, MismatchError, OptionError
+from mig.engine.inpostcopy import IncomingPostcopy
+from mig.errors import MigError, MismatchError, OptionError, PeerError
 from mig.postcopy.faults import MemoryFaults
 from mig.postcopy.times import PostcopyTimes
 
@@ -147,6 +150,16 @@ def test_half_a_page_of_the_host_is_no_page(made, tmp_path, numbers):
     again(box, tmp_path)
 
 
+def test_a_stream_that_ends_in_a_page_of_the_host_has_not_ended(made, tmp_path):
+    box = Box(made, tmp_path, big=True)
+    box.switch()
+    box.runs()
+    box.source.send(postcopy.pages(box.rest()[:-1], 3) + b"\0")
+    box.reach("postcopy-paused")
+    assert "not all there" in box.incoming.query().error
+    again(box, tmp_path)
+
+
 def again(box: Box, folder) -> Source:
     """Recover, and send what is missing."""
     box.incoming.recover(f"unix:{folder / 'again'}")
@@ -229,6 +242,64 @@ def test_urgent_pages_come_on_their_own_connection(made, tmp_path):
     box.check()
 
 
+class Leaving(mig.MemoryGuest):
+    """Notes who reads connections when its memory is let go."""
+
+    readers: list[str] | None = None
+
+    def postcopy_end(self) -> None:
+        names = (thread.name for thread in threading.enumerate())
+        self.readers = [name for name in names if name in ("mig-urgent", "mig-listen")]
+        super().postcopy_end()
+
+
+def test_nobody_places_pages_when_memory_is_let_go(made, tmp_path):
+    """A source may leave the connection for urgent pages open to the end."""
+
+    class Mine(Box):
+        guest_type = Leaving
+
+    box = Mine(made, tmp_path, capabilities=("postcopy-ram", "postcopy-preempt"))
+    urgent = Source.connect(box.incoming.uri)
+    box.switch()
+    box.runs()
+    box.finish()
+    assert box.guest.readers == []
+    urgent.close()
+
+
+@pytest.mark.parametrize("early", [True, False], ids=["unread", "end"])
+def test_devices_are_not_loaded_when_nobody_reads_the_connection(early):
+    """They would wait for memory with Python's lock, and nobody would see that it never comes."""
+    loaded = []
+
+    def listen() -> None:
+        if early:
+            raise PeerError("cut at once")
+
+    server = SimpleNamespace(
+        await_readers=lambda *_: False, interrupt=lambda: None, settle=lambda: None
+    )
+    guest = SimpleNamespace(
+        postcopy_server=lambda: server, load_devices=loaded.append, postcopy_end=lambda: None
+    )
+    package = SimpleNamespace(state=None, pings=())
+    loader = SimpleNamespace(package=package, serve_by=lambda _: None, listen=listen)
+    line = SimpleNamespace(
+        serve_urgent=lambda: False,
+        drain_urgent=lambda: None,
+        end_urgent=lambda: None,
+        abandon=lambda: None,
+    )
+    postcopy_ = IncomingPostcopy(line, loader, guest)
+    if early:
+        # as when it is interrupted because of that
+        server.await_readers = lambda *_: until(lambda: postcopy_._unread) or False
+    with pytest.raises(MigError, match="cut at once" if early else "before the devices"):
+        postcopy_.run()
+    assert not loaded
+
+
 def test_urgent_pages_that_never_come_are_a_break(made, tmp_path):
     box = Box(made, tmp_path, capabilities=("postcopy-ram", "postcopy-preempt"))
     urgent = Source.connect(box.incoming.uri)
@@ -249,6 +320,25 @@ def test_urgent_pages_that_never_come_are_a_break(made, tmp_path):
     assert touch.value() == page(103)
     source.expect(postcopy.SHUT, 0)
     box.check()
+
+
+@pytest.mark.parametrize("cut", [True, False], ids=["cut", "nonsense"])
+def test_what_is_wrong_with_urgent_pages_is_told(made, tmp_path, cut):
+    box = Box(made, tmp_path, capabilities=("postcopy-ram", "postcopy-preempt"))
+    urgent = Source.connect(box.incoming.uri)
+    box.switch()
+    box.runs()
+    if not cut:
+        urgent.send(b"\xff" * 8)
+    urgent.close()
+    box.reach("postcopy-paused")
+    assert box.incoming.query().error != "cancelled"
+    box.incoming.recover(f"unix:{tmp_path / 'again'}")
+    source, urgent = (Source.connect(box.incoming.uri) for _ in range(2))
+    source.send(stream.command(postcopy.RESUME))
+    source.expect(postcopy.RESUME_ACK, 1)
+    box.finish(source)
+    urgent.close()
 
 
 def test_a_failure_before_the_guest_runs_leaves_memory_that_can_be_used(box):

@@ -238,6 +238,45 @@ def test_a_policy_that_fails_leaves_it_to_the_owner(postcopies):
     assert far.same_as(mine.memory)
 
 
+@pytest.mark.filterwarnings("default:a recovery policy:RuntimeWarning")
+def test_a_policy_that_fails_at_good_news_does_no_harm(postcopies):
+    class Slip(Retry):
+        def recovered(self):
+            super().recovered()
+            raise RuntimeError("a slip")
+
+    mine = box()
+    source, far = postcopies.started(mine, limits=(60 * PAGE,), recovery=Slip(**QUICK))
+    assert source.wait(FOREVER)
+    assert far.same_as(mine.memory)
+
+
+def test_a_pause_by_hand_at_the_moment_of_a_break_is_not_undone(postcopies):
+    """The policy has been asked already."""
+    seen = []
+
+    class Late(Retry):
+        def broken(self, uri, error):
+            if not seen:
+                seen.append(source.status)
+                source.pause()
+            return super().broken(uri, error)
+
+    mine = box()
+    source, far = postcopies.started(mine, background=False, recovery=Late(**QUICK))
+    until(lambda: far.running)
+    far.cut()
+    is_paused(source)
+    threading.Event().wait(0.05)
+    assert seen == [Status.POSTCOPY_ACTIVE]
+    assert source.waits_for_owner
+    assert len(far.links) == 1
+    source.background = True
+    source.recover(far.uri)
+    assert source.wait(FOREVER)
+    assert far.same_as(mine.memory)
+
+
 def test_another_process_may_try_until_somebody_is_there(postcopies, tmp_path):
     mine = box()
     first, far = postcopies.paused(mine)

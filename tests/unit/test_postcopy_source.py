@@ -27,7 +27,9 @@ from unit.postcopies import (
 import mig
 from mig import MemoryGuest, OutgoingMigration, Status, _core
 from mig.engine.postcopy import PostcopySender
+from mig.engine.preempt import SharedSearch
 from mig.engine.requests import PageRequests
+from mig.errors import PeerError
 from mig.guest import ProcessGuest
 from mig.postcopy.source import advise, discards, package
 from mig.ram.search import PageSearch, SourceBlock
@@ -283,6 +285,70 @@ def test_a_request_waits_for_the_end_of_a_host_page_that_was_begun():
         sleep=lambda seconds: seconds or pytest.fail("nobody waits for ever"),
     ).run()
     assert sent.pages == list(range(8192))
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("at", [0, 4096], ids=["it", "another"])
+def test_who_waits_for_the_end_of_a_host_page_does_not_wait_for_the_bandwidth(shared, at):
+    search = search_of({"a": (8192, 4096)}, {"a": range(8192)})
+    walk = SharedSearch(search) if shared else search
+    requests = PageRequests(search, SimpleNamespace(set=lambda: None))
+    sent, slept, asked = Sent(), [], []
+
+    def sleep(seconds):
+        n = len(sent.pages)
+        slept.append(n)
+        if n >= 3 and not asked:
+            asked.append(at)
+            if not shared:
+                requests.add("a", at * PAGE, PAGE)
+            else:
+                # as the other thread
+                assert (walk.take(search["a"], at, 1) is None) == (at == 0)
+        elif n >= (10 if shared and at else 4096):
+            raise PeerError("enough")
+
+    with pytest.raises(PeerError, match="enough"):
+        PostcopySender(
+            walk,
+            requests,
+            sent,
+            serves=not shared,
+            bandwidth=lambda: 100 * PAGE,
+            background=lambda: True,
+            sleep=sleep,
+        ).run()
+    if shared and at:
+        # nobody waits for the one that was begun
+        assert len(sent.pages) == 10
+        return
+    assert sent.pages[:4096] == list(range(4096))
+    assert not any(3 < n < 4096 for n in slept)
+    if at:
+        assert sent.pages[4096:] == list(range(4096, 8192))
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_host_page_that_was_broken_off_does_not_go_before_what_is_asked_for(shared):
+    search = search_of({"a": (8192, 4096)}, {"a": range(8192)})
+    search.next_batch(10)
+    assert search.inside_host_page
+    search.rewind()
+    everything = _core.Bitmap(8192, fill=True)
+    search.replace_dirty("a", everything)
+    walk = SharedSearch(search) if shared else search
+    assert not walk.inside_host_page
+    requests = PageRequests(search, SimpleNamespace(set=lambda: None))
+    requests.add("a", 4096 * PAGE, PAGE)
+    sent = Sent()
+
+    def asks(seconds):
+        requests.add("a", 0, PAGE)
+
+    PostcopySender(
+        walk, requests, sent, bandwidth=lambda: 0, background=lambda: False, sleep=asks
+    ).run()
+    assert sent.pages == [*range(4096, 8192), *range(4096)]
 
 
 @settings(max_examples=60, deadline=None)
