@@ -211,8 +211,10 @@ def _write_core(image: Image, guest: OtherMemory, fd: int) -> None:
     cpus, ranges = cpus_of(devices), memory_ranges(devices, memory.used_length)
 
     def table(address: int) -> NDArray[np.uint64] | None:
-        page = guest.page(MAIN_BLOCK, _offset_of(address, ranges) // image.page_size)
-        return None if page is None else np.frombuffer(page, dtype="<u8")
+        number, start = divmod(_offset_of(address, ranges), image.page_size)
+        page = guest.page(MAIN_BLOCK, number)
+        # the stream says how long its pages are, and a table has 4 KiB
+        return None if page is None else np.frombuffer(page[start : start + 4096], dtype="<u8")
 
     core = core_of(cpus, ranges, kernel_mappings(cpus, table))
     _pwrite(fd, core.head)
