@@ -107,6 +107,17 @@ static size_t run_at(const struct mig_mappedlog_buffer *b, size_t i)
     return n;
 }
 
+/* Whether writes are to come back, besides n that have not gone yet. */
+static bool is_waiting(const struct mig_mappedlog_writer *w, size_t n)
+{
+    size_t pending = 0;
+
+    for (size_t i = 0; i < MIG_MAPPEDLOG_NBUFFERS; i++) {
+        pending += w->buffers[i].pending;
+    }
+    return pending > n;
+}
+
 static int submit(struct mig_mappedlog_writer *w, struct iocb **list, size_t n)
 {
     while (n) {
@@ -117,8 +128,8 @@ static int submit(struct mig_mappedlog_writer *w, struct iocb **list, size_t n)
             list += done;
             n -= (size_t)done;
         } else if (done < 0 && errno == EAGAIN) {
-            /* the kernel has as many as it takes */
-            rc = reap(w);
+            /* the kernel has as many as it takes; it never takes any when none comes back */
+            rc = is_waiting(w, n) ? reap(w) : -EAGAIN;
         } else if (done == 0 || errno != EINTR) {
             rc = done == 0 ? -EIO : -errno;
         }
@@ -253,14 +264,27 @@ int mig_mappedlog_write(struct mig_mappedlog_writer *w, const struct mig_mappedl
                        const uint64_t *page, size_t n)
 {
     struct mig_mappedlog_buffer *b = &w->buffers[w->current];
+    bool again = false;
+    int rc = 0;
 
     b->block = block;
-    memcpy(b->page, page, n * sizeof(*page));
-    b->npages = n;
-    for (size_t i = 0; i < n; i++) {
-        note(block, page[i]);
+    for (b->npages = 0; b->npages < n; b->npages++) {
+        b->page[b->npages] = page[b->npages];
+        again = again || is_under_way(w, block, page[b->npages]);
+        note(block, page[b->npages]);
     }
-    return next_buffer(w);
+    if (!again) {
+        return next_buffer(w);
+    }
+    /* writes that are under way overtake each other: this one is behind all, and in order */
+    for (size_t i = 0; i < MIG_MAPPEDLOG_NBUFFERS && rc == 0; i++) {
+        rc = wait_for(w, &w->buffers[i]);
+    }
+    if (rc == 0) {
+        rc = write_now(w, b);
+    }
+    b->npages = 0;
+    return rc;
 }
 
 /* ---- pages that come one by one ------------------------------------------------------------- */

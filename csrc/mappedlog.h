@@ -52,7 +52,7 @@ void mig_mappedlog_close(struct mig_mappedlog_writer *w);
 
 /* Has room for a buffer of pages, at *bytes; 0 or -errno. */
 int mig_mappedlog_room(struct mig_mappedlog_writer *w, uint8_t **bytes);
-/* Writes the n pages that were put there. They may change again only behind a flush. */
+/* Writes the n pages that were put there. Of one that comes again the last stands in the file. */
 int mig_mappedlog_write(struct mig_mappedlog_writer *w, const struct mig_mappedlog_block *block,
                        const uint64_t *page, size_t n);
 /* Puts the parser's last burst, inflated, into the file, in order. 0, -errno, or at record `wrong`

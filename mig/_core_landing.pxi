@@ -42,10 +42,12 @@ def land_in_memory(Descriptor fd not None, RamParser parser not None, Pages page
     pages: of the parser's block; where `received` is clear it reads as zeros
 
     Returns the number of pages, how many bytes of the next record are in the buffer, and whether
-    more of the same can be read at once; None, having done nothing, when none are to be expected.
+    more of the same can be read at once, by another call before the parser's next burst; None,
+    having done nothing, when none are to be expected.
     """
     cdef mig_ram_parser *p = &parser.c
     cdef mig_landing landing
+    cdef size_t i
     if not mig_land_likely(p, True):
         return None
     if (not pages.writable or pages.c.where != NULL or pages.c.page_size != p.page_size
@@ -56,9 +58,13 @@ def land_in_memory(Descriptor fd not None, RamParser parser not None, Pages page
                        p.page[p.npages - 1] + 1)
     pages.pins += 1
     try:
-        return _land_on(fd, &landing, data, held)
+        result = _land_on(fd, &landing, data, held)
     finally:
         pages.pins -= 1
+    # the next call goes on behind these: as if the burst had been that much further on
+    for i in range(p.npages):
+        p.page[i] += <uint64_t>result[0]
+    return result
 
 
 def land_in_file(Descriptor fd not None, RamParser parser not None, MappedLog file not None,

@@ -150,7 +150,7 @@ class RamWalk:
 
     def _pages_in_file(self, block: BlockInfo) -> int:
         """How many pages a mapped-ram file has of a block, by its bitmap."""
-        if block.mapped is None or self._mapped_ram is None:
+        if block.mapped is None or self._mapped_ram is None or block.mapped.is_left_out:
             return 0
         reader, npages = self._reader, block.npages(self._page_size)
         start = block.mapped.bitmap_offset - self._mapped_ram.start
@@ -188,7 +188,7 @@ class RamWalk:
         block, n = self._blocks[number], walker.counts(number)
         npages = block.npages(self._page_size)
         data, zero = n["npages"] - n["nzero"], n["nzero"]
-        if block.mapped is not None:
+        if block.mapped is not None and not block.mapped.is_left_out:
             # what has no bit is zero
             data, zero = self._in_file[number], npages - self._in_file[number]
         return BlockCounts(

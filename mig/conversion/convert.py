@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 
 from mig.conversion.elf import core_of, memory_offset
 from mig.conversion.rawmemory import OtherMemory, main_block, write_memory
-from mig.conversion.x86 import MAIN_BLOCK, PageTables, Range, cpus_of, memory_ranges
+from mig.conversion.x86 import MAIN_BLOCK, Range, cpus_of, kernel_mappings, memory_ranges
 from mig.engine import IncomingMigration, OutgoingMigration
-from mig.errors import MismatchError, OptionError, UnsupportedError
+from mig.errors import ChannelError, MismatchError, OptionError, UnsupportedError
 from mig.image import Image, MappedCapture, StreamCapture, open_image
 from mig.image.capture import Capture
 from mig.image.newfile import NewFile
@@ -142,14 +142,28 @@ def _opened(source: str | os.PathLike[str], folder: Path) -> Iterator[Image]:
     try:
         image = open_image(source)
     except UnsupportedError:
-        with tempfile.TemporaryDirectory(dir=folder, prefix=".mig-") as beside:
-            copy = Path(beside) / "vm"
+        found = find_stream(source)
+        if found.packing is None and Capability.MAPPED_RAM in found.capabilities:
+            # to lay it down anew, it would be opened again
+            raise
+        with _beside(folder) as copy:
             convert(source, copy)
             with open_image(copy) as image:
                 yield image
         return
     with image:
         yield image
+
+
+@contextmanager
+def _beside(folder: Path) -> Iterator[Path]:
+    """A place for a copy, where there is room for what is made of it; gone at the end."""
+    try:
+        made = tempfile.TemporaryDirectory(dir=folder, prefix=".mig-")
+    except OSError as error:
+        raise ChannelError(f"{folder}: {error.strerror}") from error
+    with made as name:
+        yield Path(name) / "vm"
 
 
 # ---- writing ------------------------------------------------------------------------------------
@@ -197,12 +211,12 @@ def _write_core(image: Image, guest: OtherMemory, fd: int) -> None:
     cpus, ranges = cpus_of(devices), memory_ranges(devices, memory.used_length)
 
     def table(address: int) -> NDArray[np.uint64] | None:
-        page = guest.page(MAIN_BLOCK, _offset_of(address, ranges) // image.page_size)
-        return None if page is None else np.frombuffer(page, dtype="<u8")
+        number, start = divmod(_offset_of(address, ranges), image.page_size)
+        page = guest.page(MAIN_BLOCK, number)
+        # the stream says how long its pages are, and a table has 4 KiB
+        return None if page is None else np.frombuffer(page[start : start + 4096], dtype="<u8")
 
-    # not every vCPU needs to have all of the kernel mapped
-    walks = (PageTables(cpu, table).kernel_mappings() for cpu in cpus)
-    core = core_of(cpus, ranges, max(walks, key=lambda mappings: sum(m.nbytes for m in mappings)))
+    core = core_of(cpus, ranges, kernel_mappings(cpus, table))
     _pwrite(fd, core.head)
     write_memory(fd, memory, core.memory_offset)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -66,7 +66,7 @@ def cpus_of(devices: Sequence[Device]) -> tuple[Cpu, ...]:
         raise MismatchError("there is no vCPU of a PC in the device state")
     try:
         return tuple(_cpu(device) for device in cpus)
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise MismatchError(f"the vCPUs are none of a PC: {error}") from error
 
 
@@ -92,9 +92,9 @@ def _cpu(device: Device) -> Cpu:
     )
 
 
-def _number(value: object) -> int:
-    if not isinstance(value, int):
-        raise TypeError(f"{value!r} is no number")
+def _number(value: object, nbits: int = 64) -> int:
+    if not isinstance(value, int) or not 0 <= value < 1 << nbits:
+        raise TypeError(f"{value!r} is no number of {nbits} bits")
     return value
 
 
@@ -107,7 +107,8 @@ def _numbers(value: object) -> tuple[int, ...]:
 def _segment(value: object) -> Segment:
     if not isinstance(value, State):
         raise TypeError(f"{value!r} is no segment")
-    return Segment(*(_number(value[name]) for name in ("selector", "base", "limit", "flags")))
+    widths = {"selector": 32, "base": 64, "limit": 32, "flags": 32}
+    return Segment(*(_number(value[name], nbits) for name, nbits in widths.items()))
 
 
 # ---- where memory stands ------------------------------------------------------------------------
@@ -152,6 +153,10 @@ _OTHER_TABLES: Final = 1 << 12  # of cr3, with page-table isolation
 _LONG_MODE: Final = 1 << 10  # of efer
 #: page tables that are looked at; a kernel of gigabytes has hundreds
 _MAX_TABLES: Final = 1 << 14
+#: the same of all vCPUs together
+_MAX_ALL_TABLES: Final = 1 << 16
+#: mappings that do not join which are taken of one vCPU
+_MAX_MAPPINGS: Final = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,15 +168,41 @@ class Mapping:
     nbytes: int
 
 
+#: returns the 512 entries of the table at a physical address, None where there is none
+TableReader: TypeAlias = Callable[[int], "NDArray[np.uint64] | None"]
+
+
+def kernel_mappings(cpus: Sequence[Cpu], read: TableReader) -> list[Mapping]:
+    """Return what is mapped in the upper half of the vCPU that has most of it there.
+
+    Not every one needs to have all of the kernel mapped. With too many tables the last vCPUs are
+    not looked at.
+    """
+    most: list[Mapping] = []
+    left = _MAX_ALL_TABLES
+    for cpu in cpus:
+        allowed = min(left, _MAX_TABLES)
+        tables = PageTables(cpu, read, allowed)
+        most = max(most, tables.kernel_mappings(), key=_nbytes_of)
+        left -= allowed - tables.left
+    return most
+
+
+def _nbytes_of(mappings: Sequence[Mapping]) -> int:
+    return sum(mapping.nbytes for mapping in mappings)
+
+
 class PageTables:
     """Walks the page tables of a vCPU in long mode.
 
     read: returns the 512 entries of the table at a physical address, None where there is none
+    left: how many tables may be looked at
     """
 
-    def __init__(self, cpu: Cpu, read: Callable[[int], NDArray[np.uint64] | None]) -> None:
+    def __init__(self, cpu: Cpu, read: TableReader, left: int = _MAX_TABLES) -> None:
         self._read = read
-        self._left = _MAX_TABLES
+        #: how many more tables may be looked at
+        self.left = left
         self._levels = 5 if cpu.cr[4] & _LA57 else 4
         # Linux may run programs on tables of their own, beside those of the kernel
         self._roots = {cpu.cr[3] & int(_ADDRESS), cpu.cr[3] & int(_ADDRESS) & ~_OTHER_TABLES}
@@ -183,7 +214,7 @@ class PageTables:
         Tables that lead in circles or nowhere end the walk, they are the guest's own affair.
         """
         walks = [self._mappings(root) for root in sorted(self._roots)]
-        return max(walks, key=lambda mappings: sum(m.nbytes for m in mappings))
+        return max(walks, key=_nbytes_of)
 
     def _mappings(self, root: int) -> list[Mapping]:
         out: list[Mapping] = []
@@ -195,15 +226,17 @@ class PageTables:
                 and last.physical + last.nbytes == physical
             ):
                 out[-1] = Mapping(last.virtual, last.physical, last.nbytes + nbytes)
+            elif len(out) == _MAX_MAPPINGS:
+                break
             else:
                 out.append(Mapping(virtual, physical, nbytes))
         return out
 
     def _walk(self, table: int, level: int, base: int) -> Iterator[tuple[int, int, int]]:
-        entries = self._read(table) if self._on and self._left else None
+        entries = self._read(table) if self._on and self.left else None
         if entries is None:
             return
-        self._left -= 1
+        self.left -= 1
         shift = 12 + 9 * (level - 1)
         top = level == self._levels
         for index in np.flatnonzero(entries & np.uint64(_PRESENT)):

@@ -7,8 +7,9 @@ device["env.regs"][0], device["env.segs[1].base"]
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Final, TypeAlias
 
 from mig.errors import StreamError, TruncatedError
@@ -214,13 +215,15 @@ class _Decoder:
 
     def state(self, layout: StateLayout) -> State:
         """Read fields and subsections."""
-        fields: list[Field] = []
+        runs: list[list[Field]] = []
         for entry in layout.fields:
             item = self._field(entry)
-            if fields and fields[-1].name == item.name:
+            if runs and runs[-1][0].name == item.name:
                 # elements of one array that are not alike are described one by one
-                item = _joined(fields.pop(), item)
-            fields.append(item)
+                runs[-1].append(item)
+            else:
+                runs.append([item])
+        fields = [run[0] if len(run) == 1 else _joined(run) for run in runs]
         subsections = tuple(self._subsection(sub) for sub in layout.subsections)
         return State(layout.vmsd_name, layout.version_id, tuple(fields), subsections)
 
@@ -363,12 +366,12 @@ class _Decoder:
 _NESTED: Final = (Shape.NESTED, Shape.QUEUE, Shape.TREE)
 
 
-def _joined(first: Field, more: Field) -> Field:
-    """Two entries of one array as one field."""
-    # of an array of pointers that has null pointers, too
-    name = more.type if first.type == "nullptr" else first.type
-    value = _elements(first.value) + _elements(more.value)
-    return Field(first.name, name, first.offset, first.nbytes + more.nbytes, value)
+def _joined(run: Sequence[Field]) -> Field:
+    """The entries of one array as one field."""
+    # an array of pointers may have null pointers, too
+    name = next((item.type for item in run if item.type != "nullptr"), "nullptr")
+    value = tuple(chain.from_iterable(_elements(item.value) for item in run))
+    return Field(run[0].name, name, run[0].offset, sum(item.nbytes for item in run), value)
 
 
 def _elements(value: Value) -> tuple[Value, ...]:

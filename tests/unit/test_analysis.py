@@ -23,6 +23,8 @@ from mig.analysis import Severity
 from mig.analysis import report as report_module
 from mig.cli import main
 from mig.errors import ChannelError, MigError
+from mig.mapped import MappedRamHeader
+from mig.records import BlockInfo, BlockList, Configuration, FileHeader
 from mig.savevm.load import StreamLoader
 from mig.stream.reader import StreamReader
 
@@ -213,6 +215,24 @@ def test_a_mapped_ram_file(tmp_path):
         "the bitmap has 1 pages behind the end of the block"
     ]
     assert found.ram.blocks[0].data_pages == 1
+
+
+@pytest.mark.parametrize("offset", [0, 5000])
+def test_a_mapped_ram_file_that_leaves_memory_out(tmp_path, offset):
+    """Nothing of it is taken for a bitmap."""
+    block = BlockInfo("pc.ram", 640 * 4096, address=0, mapped=MappedRamHeader(4096, 0, 0))
+    configuration = Configuration("box", capabilities=("x-ignore-shared", "mapped-ram"))
+    data = b"\xff" * offset + FileHeader().encode() + configuration.encode()
+    data += stream.section(1, 2, "ram", 0, 4) + BlockList((block,)).encode()
+    data += ram.eos() + stream.footer(2) + b"\x03\0\0\0\2" + ram.eos() + stream.footer(2)
+    data += b"\0"
+    (tmp_path / "vm").write_bytes(data)
+    found = analyze(f"file:{tmp_path / 'vm'},offset={offset}")
+    assert found.ok, found.findings
+    (counts,) = found.ram.blocks
+    assert (counts.data_pages, counts.zero_pages, counts.missing_pages) == (0, 0, 640)
+    with mig.open_image(f"file:{tmp_path / 'vm'},offset={offset}") as image:
+        assert image.blocks[0].missing == 640
 
 
 # ---- RAM against the oracle ------------------------------------------------------------------

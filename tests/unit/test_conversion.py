@@ -14,6 +14,7 @@ from reference import ram, stream
 from reference.ram import Record
 
 import mig
+from mig.conversion import x86
 from mig.conversion.elf import core_of, memory_offset
 from mig.conversion.x86 import (
     Cpu,
@@ -238,6 +239,26 @@ def test_a_source_that_is_cut(image, tmp_path, cut, kind):
     assert names_in(tmp_path) == ["vm"]
 
 
+@pytest.mark.parametrize("kind", ["mapped-ram", "stream", "raw"])
+def test_a_mapped_file_with_what_is_not_known(image, tmp_path, kind):
+    """It is not opened again and again to be laid down anew."""
+    mig.convert(image, tmp_path / "mapped")
+    data = (tmp_path / "mapped").read_bytes()
+    end = data.index(b"\x03\0\0\0", 1 << 20)
+    section = b"\x01\0\0\0\x63\x05block" + struct.pack(">II", 0, 1)
+    (tmp_path / "mapped").write_bytes(data[:end] + section + data[end:])
+    with pytest.raises(UnsupportedError, match="block"):
+        mig.convert(tmp_path / "mapped", tmp_path / "out", kind)
+    assert names_in(tmp_path) == ["mapped", "vm"]
+
+
+def test_no_folder_for_a_copy(tmp_path):
+    path = tmp_path / "vm.gz"
+    path.write_bytes(gzip.compress(stream.whole(BLOCKS, [RECORDS], DEVICES)))
+    with pytest.raises(ChannelError, match="No such file"):
+        mig.convert(path, tmp_path / "nowhere" / "out", "raw")
+
+
 def test_no_source(tmp_path):
     with pytest.raises(ChannelError):
         mig.convert(tmp_path / "nothing", tmp_path / "out")
@@ -302,11 +323,62 @@ def test_mappings(levels):
 def test_tables_that_lead_in_circles_end():
     tables = Tables(4)
     tables.tables[0x1000][256:] = 0x1003
-    assert tables.walk()._left
-    walk = tables.walk()
-    walk._left = 500
+    assert tables.walk().left
+    walk = PageTables(cpu(0x1000), tables.tables.get, 500)
     walk.kernel_mappings()
-    assert walk._left == 0
+    assert walk.left == 0
+
+
+def test_tables_of_many_vcpus_and_mappings_without_end_are_bounded(monkeypatch):
+    tables = Tables(4)
+    tables.tables[0x1000][256:] = 0x1003
+    monkeypatch.setattr(x86, "_MAX_ALL_TABLES", 1000)
+    monkeypatch.setattr(x86, "_MAX_MAPPINGS", 700)
+    looked_at = []
+
+    def read(address):
+        found = tables.tables.get(address)
+        looked_at.append(found is not None)
+        return found
+
+    assert len(x86.kernel_mappings([cpu(0x1000)] * 1000, read)) <= 700
+    assert 0 < sum(looked_at) <= 1000
+
+
+def test_vcpus_with_numbers_that_no_register_has():
+    one = cpu(0)
+    fields = [
+        Field("env.regs", "uint64", 0, 0, tuple(one.registers[name] for name in x86.REGISTERS)),
+        Field("env.eip", "uint64", 0, 0, 0),
+        Field("env.eflags", "uint64", 0, 0, 0),
+    ]
+    segment = State(
+        "segment",
+        1,
+        tuple(Field(name, "uint32", 0, 0, 0) for name in ("selector", "base", "limit", "flags")),
+    )
+    tables = ("ldt", "tr", "gdt", "idt")
+    fields += [Field(f"env.{name}", "struct", 0, 0, segment) for name in tables]
+    fields += [Field(f"env.cr[{i}]", "uint64", 0, 0, 0) for i in (0, 2, 3, 4)]
+
+    def vcpu(**changes):
+        given = {"env.segs": (segment,) * 6} | {f"env.{k}": v for k, v in changes.items()}
+        mine = [f for f in fields if f.name not in given]
+        mine += [Field(name, "x", 0, 0, value) for name, value in given.items()]
+        state = State("cpu", 12, tuple(mine))
+        return Device(DeviceSection(1, "cpu", 0, 12, b"", 0), state)
+
+    assert len(x86.cpus_of([vcpu()])) == 1
+    wide = State(
+        "segment",
+        1,
+        tuple(
+            Field(name, "uint64", 0, 0, 1 << 40) for name in ("selector", "base", "limit", "flags")
+        ),
+    )
+    for wrong in ({"eip": -1}, {"eip": 1 << 64}, {"segs": (segment,) * 5}, {"tr": wide}):
+        with pytest.raises(MismatchError, match="none of a PC"):
+            x86.cpus_of([vcpu(**wrong)])
 
 
 def test_the_kernel_s_tables_beside_a_program_s():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import random
 import socket
@@ -210,6 +211,36 @@ def test_whatever_comes_in_between(parts, into, buffer_size, cuts):
         check(sink, records)
     finally:
         sink.close()
+
+
+def test_a_long_run_is_read_by_one_call_after_the_other():
+    """Each stops after some MiB, so that the migration can be cancelled."""
+    n, first = 5000, 20
+    parser = _core.RamParser([(b"r", n)], PAGE)
+    words = [(i * PAGE | 0x28).to_bytes(8, "big") for i in range(n)]
+    data = words[0][:7] + b"\x08\x01r" + bytes([1]) * PAGE
+    data += b"".join(words[i] + bytes([i % 255 + 1]) * PAGE for i in range(1, n)) + ram.eos()
+    buffer, held, landed = bytearray(1 << 20), 0, []
+    with mmap.mmap(-1, n * PAGE) as memory, tempfile.TemporaryFile() as file:
+        parser.parse(data, 0, len(data[: 7 + 3 + PAGE + (first - 1) * (8 + PAGE)]))
+        assert parser.npages == first
+        file.write(data[parser.consumed :])
+        file.seek(0)
+        pages, received = _core.Pages(memory, PAGE, writable=True), _core.Bitmap(n)
+        parser.place(data, 0, pages, received, True)
+        more = True
+        while more:
+            result = _core.land_in_memory(
+                _core.Descriptor(file.fileno()), parser, pages, received, buffer, held
+            )
+            npages, held, more = result
+            landed.append(npages)
+        assert sum(landed) == n - first
+        assert min(landed) > 0
+        assert bytes(buffer[:held]) + os.read(file.fileno(), 100) == ram.eos()
+        assert received.count() == n
+        assert memory[:] == b"".join(bytes([i % 255 + 1]) * PAGE for i in range(n))
+        pages.release()
 
 
 def test_what_was_read_in_vain_leaves_zeros_behind(sink):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import tempfile
 import threading
 
@@ -10,12 +11,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reference import ram
+from reference import multifd, ram
 from reference.pagelog import PageLog as Oracle
 from reference.ram import Record
 
 from mig import _core
-from mig._core import MappedLog, RamParser, RamRecordError
+from mig._core import Descriptor, MappedLog, MultifdReceiver, RamParser, RamRecordError
 from mig.errors import ChannelError
 
 PAGE = 4096
@@ -151,6 +152,29 @@ def test_two_connections(writer):
         thread.join()
     for record in records[0] + records[1]:
         writer.oracle.put(record)
+    writer.check()
+
+
+def test_a_page_that_comes_again_on_a_channel(writer):
+    """In one packet, and before the packet before is on the disk."""
+    packets = [[5, 5, 6, 7, 5], [7, 8], [*range(100), 7, *range(20)], [7]]
+    writer.put([Record(b"a", 0, page_of(1))])
+    receiver = MultifdReceiver(writer.parser, 1)
+    receiver.to_file(writer.pages)
+    data, seed = b"", 10
+    for indexes in packets:
+        pages = [page_of(seed + i) for i in range(len(indexes))]
+        seed += len(pages)
+        offsets = [i * PAGE for i in indexes]
+        data += multifd.Packet(block=b"pc.ram", normal=offsets, data=b"".join(pages)).encode()
+        for index, page in zip(indexes, pages, strict=True):
+            writer.oracle.put(Record(b"pc.ram", index, page))
+    mine, theirs = socket.socketpair()
+    with mine, theirs:
+        thread = threading.Thread(target=lambda: (theirs.sendall(data), theirs.close()))
+        thread.start()
+        receiver.run(0, Descriptor(mine.fileno()))
+        thread.join()
     writer.check()
 
 
