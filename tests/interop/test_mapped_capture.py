@@ -36,8 +36,9 @@ def resumed(lab, spec, file):
     return qemu
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("direct", ["on", "off"])
+@pytest.mark.parametrize(
+    ("form", "direct"), [*((form, "on") for form in FORMS), ("plain", "off"), ("multifd", "off")]
+)
 def test_a_guest_that_writes_is_kept(lab, assert_goes_on, form, direct):
     spec = lab.spec("q35", "dirty")
     first = lab.boot("10.0", spec)
