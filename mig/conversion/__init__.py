@@ -1,5 +1,5 @@
 """Captured VMs in other formats: stream, mapped-ram, raw memory, ELF core."""
 
-from mig.conversion.convert import Format, convert
+from mig.conversion.convert import Format, convert, save_image
 
-__all__ = ["Format", "convert"]
+__all__ = ["Format", "convert", "save_image"]

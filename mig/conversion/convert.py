@@ -66,28 +66,49 @@ def convert(
     The file appears, complete, at the end, or not at all. MigError: StreamError for what is wrong
     with the source, MismatchError where there is no such block, or no PC for an ELF core.
     """
-    try:
-        kind = Format(format)
-    except ValueError:
-        raise OptionError(f"format '{format}' is none of {', '.join(Format)}") from None
+    kind = _format(format)
     if block is not None and kind != Format.RAW:
         raise OptionError("only raw memory is of one block")
     if kind in _CAPTURES and not memory and _receive(source, path, kind):
         return
     files = {name: Path(file) for name, file in (memory or {}).items()}
     places = {name: (file, memory_offset(file)) for name, file in files.items()}
-    with (
-        _opened(source, Path(path).parent) as image,
-        closing(OtherMemory(image, places)) as guest,
-    ):
+    with _opened(source, Path(path).parent) as image:
+        _write(image, places, path, kind, block)
+
+
+def save_image(
+    image: Image,
+    path: str | os.PathLike[str],
+    format: Format | str = Format.MAPPED_RAM,  # noqa: A002
+) -> None:
+    """Write the VM of an open image; see convert()."""
+    _write(image, {}, path, _format(format), None)
+
+
+def _format(name: Format | str) -> Format:
+    try:
+        return Format(name)
+    except ValueError:
+        raise OptionError(f"format '{name}' is none of {', '.join(Format)}") from None
+
+
+def _write(
+    image: Image,
+    places: Mapping[str, tuple[Path, int]],
+    path: str | os.PathLike[str],
+    kind: Format,
+    block: str | None,
+) -> None:
+    with closing(OtherMemory(image, places)) as guest:
         if kind in _CAPTURES:
             _send(guest, path, kind)
-        else:
-            with _written(path) as fd:
-                if kind == Format.RAW:
-                    _write_raw(guest, fd, block)
-                else:
-                    _write_core(image, guest, fd)
+            return
+        with _written(path) as fd:
+            if kind == Format.RAW:
+                _write_raw(guest, fd, block)
+            else:
+                _write_core(image, guest, fd)
 
 
 _CAPTURES: dict[Format, Callable[..., MappedCapture | StreamCapture]] = {

@@ -23,6 +23,8 @@ from mig.ram.load import MappedPages
 from mig.ram.search import SourceBlock
 from mig.records import BlockInfo, Command, Configuration
 from mig.savevm.devices import DeviceSection, DeviceState
+from mig.savevm.fields import Device, decode_device
+from mig.savevm.layout import MachineLayout
 from mig.savevm.load import StreamLoader
 from mig.stats import RamCounters
 from mig.stream.reader import StreamReader
@@ -161,6 +163,7 @@ class Image(StandingStill, ABC):
         # made when it is first sent
         self._kept: list[SourceBlock] | None = None
         self._lock = threading.Lock()
+        self._layout: MachineLayout | None = None
 
     def _load(
         self, contents: Contents, offset: int, page_size: int, mapped: MappedPages | None = None
@@ -225,6 +228,23 @@ class Image(StandingStill, ABC):
         """Everything behind RAM."""
         return self._contents.state
 
+    def device(self, idstr: str, instance_id: int = 0) -> Device:
+        """Return a device with its state as values, such as ``device("cpu")["env.eip"]``.
+
+        KeyError when there is none, StreamError when its state is not as described. Where the
+        stream describes nothing `Device.state` is None.
+        """
+        state = self._contents.state
+        for section in state.sections or ():
+            if (section.idstr, section.instance_id) == (idstr, instance_id):
+                if self._layout is None:
+                    described = state.description
+                    self._layout = (
+                        MachineLayout.parse(described) if described else MachineLayout(())
+                    )
+                return decode_device(section, self._layout, base=state.offset)
+        raise KeyError((idstr, instance_id))
+
     @property
     @abstractmethod
     def blocks(self) -> tuple[BlockSummary, ...]:
@@ -274,6 +294,13 @@ class Image(StandingStill, ABC):
     def save_devices(self) -> bytes:
         """Return the device state as it was received."""
         return self._contents.state.raw
+
+    def save(self, path: str | os.PathLike[str], format: str = "mapped-ram") -> None:  # noqa: A002
+        """Write the VM to another file, in any format of `mig.convert`; errors are the same."""
+        # who converts opens images
+        from mig.conversion import save_image
+
+        save_image(self, path, format)
 
     # ---- ends -------------------------------------------------------------------------------
 

@@ -92,6 +92,21 @@ def test_whole_vms(image, tmp_path, kinds):
         assert made.machine == given.machine
 
 
+@pytest.mark.parametrize("kind", ["stream", "mapped-ram", "raw"])
+def test_an_open_image_is_saved(image, tmp_path, kind):
+    with mig.open_image(image) as opened:
+        opened.save(tmp_path / "out", kind)
+        assert opened.device("uart").section.payload == b"abc"
+        with pytest.raises(KeyError):
+            opened.device("uart", 1)
+        with pytest.raises(OptionError):
+            opened.save(tmp_path / "never", "vdi")
+    if kind == "raw":
+        assert (tmp_path / "out").read_bytes() == contents("pc.ram")
+    else:
+        assert memory_of(tmp_path / "out") == {name: contents(name) for name in BLOCKS}
+
+
 @pytest.mark.parametrize("form", ["stream", "mapped-ram"])
 @pytest.mark.parametrize("block", [None, "pc.ram", "rom"])
 def test_raw_memory(image, tmp_path, form, block):
