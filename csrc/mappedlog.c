@@ -59,10 +59,38 @@ void mig_mappedlog_close(struct mig_mappedlog_writer *w)
 
 /* ---- writes --------------------------------------------------------------------------------- */
 
-/* Which buffer a write is from, and how long it is. */
-static uint64_t tag(size_t buffer, size_t nbytes)
+/* What a write is of: pages first ... first + n - 1 of a buffer. */
+static uint64_t tag(size_t buffer, size_t first, size_t n)
 {
-    return (uint64_t)nbytes * MIG_MAPPEDLOG_NBUFFERS + buffer;
+    return ((uint64_t)n << 32 | first) * MIG_MAPPEDLOG_NBUFFERS + buffer;
+}
+
+/* Writes what a write has left of its pages, through the page cache: a file system may open files
+ * with O_DIRECT, and not take such writes. */
+static int write_rest(const struct mig_mappedlog_writer *w, const struct mig_mappedlog_buffer *b,
+                      size_t first, size_t n, size_t written)
+{
+    size_t page_size = w->file->page_size;
+    int64_t at = b->block->offset + (int64_t)(b->page[first] * page_size);
+
+    return mig_pwrite_all(w->file->fd, b->bytes + first * page_size + written,
+                          n * page_size - written, at + (int64_t)written);
+}
+
+static int check_write(struct mig_mappedlog_writer *w, const struct io_event *event)
+{
+    struct mig_mappedlog_buffer *b = &w->buffers[event->data % MIG_MAPPEDLOG_NBUFFERS];
+    uint64_t run = event->data / MIG_MAPPEDLOG_NBUFFERS;
+    size_t first = (uint32_t)run, n = run >> 32;
+
+    b->pending--;
+    if (event->res < 0 && event->res != -EINVAL) {
+        return (int)event->res;
+    }
+    if (event->res == (int64_t)(n * w->file->page_size)) {
+        return 0;
+    }
+    return write_rest(w, b, first, n, event->res < 0 ? 0 : (size_t)event->res);
 }
 
 /* Waits for at least one write; notes the first error. */
@@ -78,9 +106,10 @@ static int reap(struct mig_mappedlog_writer *w)
         return -errno;
     }
     for (long i = 0; i < n; i++) {
-        w->buffers[events[i].data % MIG_MAPPEDLOG_NBUFFERS].pending--;
-        if (events[i].res != (int64_t)(events[i].data / MIG_MAPPEDLOG_NBUFFERS) && w->error == 0) {
-            w->error = events[i].res < 0 ? (int)events[i].res : -ENOSPC;
+        int rc = check_write(w, &events[i]);
+
+        if (rc < 0 && w->error == 0) {
+            w->error = rc;
         }
     }
     return w->error;
@@ -158,7 +187,7 @@ static int write_behind(struct mig_mappedlog_writer *w, struct mig_mappedlog_buf
             size_t npages = run_at(b, i);
 
             io[n] = (struct iocb){
-                .aio_data = tag(w->current, npages * page_size),
+                .aio_data = tag(w->current, i, npages),
                 .aio_lio_opcode = IOCB_CMD_PWRITE,
                 .aio_fildes = (uint32_t)w->file->direct_fd,
                 .aio_buf = (uint64_t)(uintptr_t)(b->bytes + i * page_size),
@@ -179,14 +208,19 @@ static int write_behind(struct mig_mappedlog_writer *w, struct mig_mappedlog_buf
 
 static int write_now(struct mig_mappedlog_writer *w, struct mig_mappedlog_buffer *b)
 {
-    int fd = w->file->direct_fd >= 0 ? w->file->direct_fd : w->file->fd;
     size_t page_size = w->file->page_size;
 
     for (size_t i = 0; i < b->npages;) {
         size_t n = run_at(b, i);
-        int rc = mig_pwrite_all(fd, b->bytes + i * page_size, n * page_size,
-                                b->block->offset + (int64_t)(b->page[i] * page_size));
+        int rc = -EINVAL;
 
+        if (w->file->direct_fd >= 0) {
+            rc = mig_pwrite_all(w->file->direct_fd, b->bytes + i * page_size, n * page_size,
+                                b->block->offset + (int64_t)(b->page[i] * page_size));
+        }
+        if (rc == -EINVAL) {
+            rc = write_rest(w, b, i, n, 0);
+        }
         if (rc < 0) {
             return rc;
         }

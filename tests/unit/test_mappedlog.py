@@ -26,11 +26,13 @@ BLOCKS = {b"a": 3, b"pc.ram": 700, b"rom": 200}
 class Writer:
     """A page file fed with bursts as the loader feeds it, and its oracle."""
 
-    def __init__(self, file, *, blocks=None, direct=False, capacity=4096, page_size=PAGE):
+    def __init__(
+        self, file, *, blocks=None, direct=False, capacity=4096, page_size=PAGE, first=1 << 20
+    ):
         self.file, self.blocks = file, blocks or BLOCKS
         self.page_size, self.capacity = page_size, capacity
         # blocks stand apart, and not in order
-        self.offsets, at = {}, 1 << 20
+        self.offsets, at = {}, first
         for name, npages in reversed(self.blocks.items()):
             self.offsets[name] = at
             at += (npages + 1) * page_size + PAGE - npages * page_size % PAGE
@@ -176,6 +178,16 @@ def test_a_page_that_comes_again_on_a_channel(writer):
         receiver.run(0, Descriptor(mine.fileno()))
         thread.join()
     writer.check()
+
+
+def test_places_that_direct_writes_do_not_take():
+    with tempfile.TemporaryFile(buffering=0, dir="/var/tmp") as file:
+        writer = Writer(file, direct=True, first=(1 << 20) + 100)
+        for seed in (1, 1000):
+            writer.put([Record(b"pc.ram", i, page_of(seed + i)) for i in range(0, 700, 3)])
+            writer.put([Record(b"rom", i, page_of(seed + i)) for i in range(200)])
+        writer.check()
+        writer.close()
 
 
 @pytest.mark.parametrize("page_size", [1024, 2 << 20])
