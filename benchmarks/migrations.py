@@ -33,7 +33,7 @@ _POLL_INTERVAL = 0.005
 #: how long a destination may lag behind its source (seconds)
 _END = 60
 #: how long a source may take to be ready after a migration that failed (seconds)
-_CLEARED = 30.0
+_CLEARED = 60
 #: the share of its memory that a guest of mig's writes
 _WORKING_SET = 0.25
 _TICKS = os.sysconf("SC_CLK_TCK")

@@ -20,6 +20,7 @@ import pytest
 
 from mig.selftest.qemu import GuestSpec, Qemu, QemuBinary
 
+from .conftest import SMOKE
 from .migrations import (
     PLAIN,
     Ends,
@@ -115,9 +116,10 @@ def test_idle_guest(
     compare_migrations(compare, stage, ends, mib=mib, rounds=rounds, warmup=1)
 
 
-@pytest.mark.parametrize(
-    ("megabytes", "channels"), [(50, 0), (500, 0), (1000, 0), (50, 4), (500, 4)]
-)
+_LIMITS = [(50, 0), (500, 0), (1000, 0), (50, 4), (500, 4)]
+
+
+@pytest.mark.parametrize(("megabytes", "channels"), [(50, 0), (50, 4)] if SMOKE else _LIMITS)
 def test_rate_limit(
     compare: Any,
     smoke: bool,
