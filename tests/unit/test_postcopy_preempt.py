@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 import struct
 import threading
 
@@ -272,7 +273,8 @@ def test_a_break_of_it_alone_pauses(preempt, idle):
     if not idle:
         far.request(RAM, 40 * PAGE)
     is_paused(source)
-    assert "went away" in source.query().error
+    # who writes may find out before who watches
+    assert re.search("went away|Broken pipe|reset", source.query().error)
     source.recover(far.uri)
     source.background = True
     assert source.wait(FOREVER)
