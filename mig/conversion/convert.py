@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from mig import _core
 from mig.conversion.elf import core_of, memory_offset
 from mig.conversion.rawmemory import OtherMemory, main_block, write_memory
 from mig.conversion.x86 import MAIN_BLOCK, Range, cpus_of, kernel_mappings, memory_ranges
@@ -238,7 +239,7 @@ def _write_core(image: Image, guest: OtherMemory, fd: int) -> None:
         return None if page is None else np.frombuffer(page[start : start + 4096], dtype="<u8")
 
     core = core_of(cpus, ranges, kernel_mappings(cpus, table))
-    _pwrite(fd, core.head)
+    _core.PageFile(fd).put(core.head, 0)
     write_memory(fd, memory, core.memory_offset)
 
 
@@ -248,10 +249,3 @@ def _offset_of(address: int, ranges: tuple[Range, ...]) -> int:
         if r.address <= address < r.address + r.nbytes:
             return r.offset + address - r.address
     return -1
-
-
-def _pwrite(fd: int, data: bytes) -> None:
-    rest, at = memoryview(data), 0
-    while rest:
-        written = os.pwrite(fd, rest, at)
-        rest, at = rest[written:], at + written

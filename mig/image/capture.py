@@ -13,10 +13,26 @@ from mig.errors import MismatchError
 from mig.image.newfile import NewFile
 from mig.postcopy.commands import Advise
 from mig.postcopy.times import PostcopyTimes
-from mig.records import BlockInfo, BlockList, Command, Configuration, encode_footer
+from mig.records import (
+    BlockInfo,
+    BlockList,
+    Command,
+    Configuration,
+    FileHeader,
+    SectionHeader,
+    encode_continuation,
+    encode_footer,
+)
 from mig.savevm.devices import DeviceState
 from mig.savevm.vmdesc import DeviceDescription, encode_description
-from mig.wire import DEFAULT_PAGE_BITS, CommandType, RamFlag
+from mig.wire import (
+    DEFAULT_PAGE_BITS,
+    RAM_IDSTR,
+    RAM_VERSION,
+    CommandType,
+    RamFlag,
+    SectionType,
+)
 
 #: what ends the payload of a section of RAM
 EOS = int(RamFlag.EOS).to_bytes(8, "big")
@@ -214,8 +230,23 @@ class Capture(ABC):
     def _footer(self) -> bytes:
         return encode_footer(self._section_id) if self._footers else b""
 
-    def _switchover(self) -> bytes:
-        return Command(CommandType.SWITCHOVER_START).encode() if self._switchover_start else b""
+    def _head(self, configuration: Configuration | None) -> bytes:
+        """What stands before the block list."""
+        head = [FileHeader().encode()]
+        if configuration is not None:
+            head.append(configuration.encode())
+        ram = SectionHeader(self._section_id, RAM_IDSTR, 0, RAM_VERSION)
+        head.append(ram.encode(SectionType.START))
+        return b"".join(head)
+
+    def _tail(self, state: DeviceState) -> bytes:
+        """What stands behind the last section of RAM that has a payload, its EOS included."""
+        tail = [EOS, self._footer()]
+        if self._switchover_start:
+            tail.append(Command(CommandType.SWITCHOVER_START).encode())
+        tail += [encode_continuation(SectionType.END, self._section_id), EOS, self._footer()]
+        tail.append(state.raw)
+        return b"".join(tail)
 
     def _any_parser(self) -> _core.RamParser:
         page_size = self._page_size

@@ -10,18 +10,13 @@ import numpy as np
 
 from mig import _core
 from mig.errors import MismatchError
-from mig.image.capture import EOS, Capture
+from mig.image.capture import Capture
 from mig.options import Capability
 from mig.records import (
     BlockInfo,
     BlockList,
-    Configuration,
-    FileHeader,
-    SectionHeader,
-    encode_continuation,
 )
 from mig.savevm.devices import DeviceState
-from mig.wire import RAM_IDSTR, RAM_VERSION, SectionType
 
 
 class MappedCapture(Capture):
@@ -52,22 +47,21 @@ class MappedCapture(Capture):
     def _has_pages(self) -> bool:
         return self._pages is not None
 
-    def _head(self) -> bytes:
-        """What stands before the block list."""
-        head = [FileHeader().encode()]
-        if self._configuration is not None:
-            head.append(_with_mapped_ram(self._configuration).encode())
-        head.append(
-            SectionHeader(self._section_id, RAM_IDSTR, 0, RAM_VERSION).encode(SectionType.START)
-        )
-        return b"".join(head)
+    def _mapped_head(self) -> bytes:
+        """What the source said of itself, and how the file is made."""
+        configuration = self._configuration
+        if configuration is not None:
+            names = (*(configuration.capabilities or ()), str(Capability.MAPPED_RAM))
+            configuration = replace(configuration, capabilities=names)
+        return self._head(configuration)
 
     def _open_pages(self, parser: _core.RamParser) -> None:
         if self._pages is not None:
             return
-        self._laid_out = self._blocks.laid_out(len(self._head()), self._page_size)
+        at = len(self._mapped_head())
+        self._laid_out = self._blocks.laid_out(at, self._page_size)
         places = [block.mapped.pages_offset for block in self._laid_out.blocks if block.mapped]
-        _, end = self._laid_out.pieces(len(self._head()))
+        _, end = self._laid_out.pieces(at)
         os.ftruncate(self._file.fd, end)
         # the kernel takes whole blocks, aligned ones
         direct_fd = self._direct_fd if self._page_size % _DIRECT_BLOCK == 0 else -1
@@ -96,28 +90,21 @@ class MappedCapture(Capture):
     def _write_end(self, state: DeviceState) -> None:
         assert self._pages is not None
         self._pages.flush()
+        file = _core.PageFile(self._file.fd)
         for block, present in zip(self._laid_out.blocks, self._pages.present, strict=True):
             assert block.mapped is not None
             words = np.asarray(present)
             if self._postcopy and self._received is not None:
                 # what was discarded and did not come again
                 words &= np.asarray(self._received[block.idstr])
-            self._write(words.astype("<u8", copy=False).data, block.mapped.bitmap_offset)
-        head = self._head()
-        self._write(head, 0)
+            bits = words.astype("<u8", copy=False).view(np.uint8).data
+            file.put(bits, block.mapped.bitmap_offset)
+        head = self._mapped_head()
+        file.put(head, 0)
         pieces, end = self._laid_out.pieces(len(head))
         for at, piece in pieces:
-            self._write(piece, at)
-        tail = [EOS, self._footer(), self._switchover()]
-        tail += [encode_continuation(SectionType.END, self._section_id), EOS, self._footer()]
-        tail.append(state.raw)
-        self._write(b"".join(tail), end)
-
-    def _write(self, data: bytes | memoryview, at: int) -> None:
-        rest = memoryview(data).cast("B")
-        while rest:
-            written = os.pwrite(self._file.fd, rest, at)
-            rest, at = rest[written:], at + written
+            file.put(piece, at)
+        file.put(self._tail(state), end)
 
     def close(self) -> None:
         """Release the descriptor."""
@@ -127,9 +114,3 @@ class MappedCapture(Capture):
 
 #: bytes that direct writes come in multiples of, whatever the disk
 _DIRECT_BLOCK = 4096
-
-
-def _with_mapped_ram(configuration: Configuration) -> Configuration:
-    """What the source said of itself, and how the file is made."""
-    names = configuration.capabilities or ()
-    return replace(configuration, capabilities=(*names, str(Capability.MAPPED_RAM)))

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from mig import _core
 from mig.image.capture import EOS, Capture
-from mig.records import FileHeader, SectionHeader, encode_continuation
+from mig.records import encode_continuation
 from mig.savevm.devices import DeviceState
-from mig.wire import RAM_IDSTR, RAM_VERSION, SectionType
+from mig.wire import SectionType
 
 
 class StreamCapture(Capture):
@@ -26,11 +26,7 @@ class StreamCapture(Capture):
         """Everything up to the first page, then the log of pages."""
         if self._log is not None:
             return
-        head = [FileHeader().encode()]
-        if self._configuration is not None:
-            head.append(self._configuration.encode())
-        ram = SectionHeader(self._section_id, RAM_IDSTR, 0, RAM_VERSION)
-        head += [ram.encode(SectionType.START), self._blocks.encode(), EOS, self._footer()]
+        head = [self._head(self._configuration), self._blocks.encode(), EOS, self._footer()]
         head.append(encode_continuation(SectionType.PART, self._section_id))
         self._log = _core.PageLog(self._file.fd, parser, direct_fd=self._direct_fd)
         self._log.append(b"".join(head))
@@ -47,16 +43,13 @@ class StreamCapture(Capture):
         receiver.to_log(self._log)
 
     def _write_end(self, state: DeviceState) -> None:
-        tail = [EOS, self._footer(), self._switchover()]
-        tail += [encode_continuation(SectionType.END, self._section_id), EOS, self._footer()]
-        tail.append(state.raw)
         log = self._log
         assert log is not None
         if self._postcopy and self._received is not None:
             for number, received in enumerate(self._received.values()):
                 _core.blank_missing(log, number, received)
         log.put_zeros()
-        log.append(b"".join(tail))
+        log.append(self._tail(state))
         log.finish()
 
     def close(self) -> None:
