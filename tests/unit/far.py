@@ -38,6 +38,8 @@ class Link:
         self.left = limit
         self.nbytes = 0
         self.closed = False
+        #: whether nobody reads it any more
+        self.ended = False
         #: block of the last record
         self.last: str | None = None
         self._file = sock.makefile("rb")
@@ -154,12 +156,19 @@ class Far:
         return np.packbits(bits, bitorder="little").tobytes()
 
     def say_bitmap(
-        self, block: str, data: bytes | None = None, *, size: int | None = None, mark: int = MARK
+        self,
+        block: str,
+        data: bytes | None = None,
+        *,
+        size: int | None = None,
+        mark: int = MARK,
+        link: Link | None = None,
     ) -> None:
+        """Over the last connection, unless it is another."""
         data = self.bitmap(block) if data is None else data
         size = len(data) if size is None else size
         more = struct.pack(">Q", size) + data + struct.pack(">Q", mark)
-        self.link.say(5, bytes([len(block)]) + block.encode(), more)
+        (link or self.link).say(5, bytes([len(block)]) + block.encode(), more)
 
     @property
     def complete(self) -> bool:
@@ -232,6 +241,7 @@ class Far:
         except BaseException as error:
             self.errors.append(error)
         link.close()
+        link.ended = True
 
     def _hear(self, *what: object) -> None:
         self.heard.append(what)
@@ -288,7 +298,7 @@ class Far:
             block = data[1:].decode()
             assert data[0] == len(block)
             self._hear(name, block)
-            self._answer((name, block), lambda: self.say_bitmap(block))
+            self._answer((name, block), lambda: self.say_bitmap(block, link=link))
         elif name == "resume":
             self._hear(name)
             self._answer((name,), lambda: link.say(6, bytes([0, 0, 0, 1])))
