@@ -121,12 +121,15 @@ class Channel:
     def keep_queue_short(self) -> None:
         """What is sent from now on is not to wait behind much that was sent before.
 
-        A TCP socket takes megabytes that it cannot put on the wire yet; send() now waits instead.
-        Other sockets hold a fifth of a megabyte at most.
+        A socket takes megabytes that nobody has read yet; send() now waits instead.
         """
         if self.bidirectional:
             with contextlib.suppress(OSError), socket.socket(fileno=os.dup(self._fd)) as sock:
-                sock.setsockopt(socket.IPPROTO_TCP, _TCP_NOTSENT_LOWAT, _SHORT_QUEUE)
+                if sock.family == socket.AF_UNIX:
+                    # what the kernel keeps beside the bytes counts, too
+                    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SHORT_QUEUE)
+                else:
+                    sock.setsockopt(socket.IPPROTO_TCP, _TCP_NOTSENT_LOWAT, _SHORT_QUEUE)
 
     # ---- regular files ----------------------------------------------------------------------
 

@@ -11,7 +11,7 @@ from mig.ram.save import RamSaver
 from mig.ram.search import PageBatch, SourceBlock
 
 #: bytes that are sent in the background before the next look at requests
-_BACKGROUND = 256 << 10
+_BACKGROUND = 64 << 10
 
 
 class Walk(Protocol):
