@@ -33,6 +33,7 @@ enum mig_error {
     MIG_E_XBZRLE_LENGTH = -5031,    /* a run of no bytes, or a length of three bytes */
     MIG_E_XBZRLE_PAST_PAGE = -5032, /* a run that goes past the page */
     MIG_E_MAPPED_SHORT = -5040,     /* a file ends before what was found in it */
+    MIG_E_SERVER_GONE = -5041,      /* the connection for urgent pages was closed too early */
     MIG_XBZRLE_OVERFLOW = -5033,    /* no error: the encoding does not fit */
 };
 

@@ -32,7 +32,7 @@ from mig._csrc cimport *
 
 from mig.errors import (
     CancelledError, ChannelError, IdleTimeoutError, KernelError, KvmError, KvmUnavailableError,
-    MigError, XbzrleError,
+    MigError, PeerError, XbzrleError,
 )
 
 
@@ -76,6 +76,8 @@ cdef int64_t check(int64_t rc) except -1:
         raise IdleTimeoutError("no byte moved for the idle limit: the other side is stuck or gone")
     if rc == MIG_E_NOMEM:
         raise MemoryError
+    if rc == MIG_E_SERVER_GONE:
+        raise PeerError("the destination went away: the connection for urgent pages is over")
     if rc == MIG_E_MAPPED_SHORT:
         raise ChannelError("the file has become shorter while it was read")
     if rc in _RAM_ERRORS:
@@ -98,6 +100,7 @@ include "_core_mappedlog.pxi"
 include "_core_mapped.pxi"
 include "_core_fd.pxi"
 include "_core_landing.pxi"
+include "_core_pageserver.pxi"
 include "_core_multifd.pxi"
 include "_core_workload.pxi"
 include "_core_track.pxi"

@@ -56,9 +56,13 @@ class Encoding:
     def _records(self, writer: StreamWriter) -> tuple[RecordWriter, ZeroFinder]:
         return RecordWriter(writer), self._zeros()
 
-    def plain(self, writer: StreamWriter, counters: RamCounters | None = None) -> PageEncoder:
-        """Whole pages, on the main stream; of another one by counters of its own."""
-        return PlainEncoder(*self._records(writer), counters or self._counters)
+    def plain(self, writer: StreamWriter, *, shared: bool = False) -> PageEncoder:
+        """Whole pages, on the main stream.
+
+        shared: others write records into it, too, between batches
+        """
+        records = RecordWriter(writer, shared=shared)
+        return PlainEncoder(records, self._zeros(), self._counters)
 
     def main_stream(self, writer: StreamWriter) -> PageEncoder:
         """What goes over the main stream alone."""

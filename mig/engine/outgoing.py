@@ -221,7 +221,7 @@ class OutgoingMigration(PostcopySource):
         if self._guest.switchover_start:
             writer.put(Command(CommandType.SWITCHOVER_START).encode())
         if self._wants_postcopy:
-            self._go_on_in_postcopy(writer, search)
+            self._go_on_in_postcopy(channel, writer, search)
         else:
             self._complete(writer, saver)
             self._confirm(channel)
@@ -325,7 +325,9 @@ class OutgoingMigration(PostcopySource):
         assert self._encoding is not None
         if self._channel is not None:
             self._channel.keep_queue_short()
-        saver = self._saver = self._make_saver(writer, self._encoding.plain(writer))
+        saver = self._saver = self._make_saver(
+            writer, self._encoding.plain(writer, shared=self._preempt is None)
+        )
         return saver
 
     def _begin_unplug(self) -> None:
@@ -464,7 +466,7 @@ class OutgoingMigration(PostcopySource):
                 stack.callback(self._log.stop)
             for block in self._pinned:
                 stack.callback(block.pages.unpin)
-            stack.callback(self._close_bell)
+            stack.callback(self._close_requests)
             stack.callback(self._close_channel)
             if failed and self._return_path is not None and self._handed_over is None:
                 stack.callback(self._prefer_peer_error, self._return_path)
@@ -493,9 +495,10 @@ class OutgoingMigration(PostcopySource):
         )
         return source_stats(
             sent,
-            (self._counters, self._urgent_counters),
+            (self._counters, self._answered),
             self._search,
             self._precopy,
+            remaining=self._remaining,
             requests=self._requests.total if self._requests is not None else 0,
             missed_zero_copy=self._lanes.copied if self._lanes else 0,
         )

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from mig.channel import Channel, connect
 from mig.engine.migration import Migration
 from mig.engine.outlanes import OutgoingLanes
-from mig.engine.preempt import UrgentSender
+from mig.engine.preempt import UrgentLink
 from mig.engine.requests import PageRequests
 from mig.engine.returnpath import ReturnPath
 from mig.errors import CancelledError, ChannelError, IdleTimeoutError, MigError
@@ -34,8 +34,8 @@ class SourceLink(Migration):
         self._return_path: ReturnPath | None = None
         self._writer: StreamWriter | None = None
         self._lanes: OutgoingLanes | None = None
-        self._urgent: UrgentSender | None = None
-        # bytes sent over connections for urgent pages that are gone
+        self._urgent: UrgentLink | None = None
+        # bytes sent over connections for urgent pages that are gone, but for pages
         self._urgent_before = 0
         self._requests: PageRequests | None = None
         # nobody is to be called up any more
@@ -45,9 +45,10 @@ class SourceLink(Migration):
 
     @property
     def _urgent_bytes(self) -> int:
-        """Bytes sent over connections for urgent pages."""
-        urgent = self._urgent
-        return self._urgent_before + (urgent.nbytes if urgent is not None else 0)
+        """Bytes of what was asked for, and of connections for it."""
+        urgent, requests = self._urgent, self._requests
+        answers = requests.server.sent[2] if requests is not None else 0
+        return answers + self._urgent_before + (urgent.nbytes if urgent is not None else 0)
 
     def _connect(self) -> Channel:
         channel = connect(self._uri, self._cancel, self.parameters.timeout)

@@ -8,11 +8,12 @@ from typing import Protocol
 
 from mig import _core
 from mig.engine.postcopy import PostcopySender
-from mig.engine.preempt import UrgentSender
+from mig.engine.preempt import UrgentLink
 from mig.engine.requests import PageRequests
 from mig.engine.returnpath import ReturnPath
+from mig.engine.sharedsearch import SharedSearch
 from mig.errors import MigError, as_mig_error
-from mig.options import Parameters
+from mig.options import Parameters, ZeroPageDetection
 from mig.postcopy.release import Releaser
 from mig.ram.save import RamSaver
 from mig.ram.search import PageBatch, PageSearch
@@ -30,13 +31,15 @@ _BREAKS = (MigError, OSError)
 class Link:
     """The connections of the moment.
 
+    target:  what the writer writes to
     urgent: capability postcopy-preempt: what is asked for goes over it. A recovery may make it
             later than the others
     """
 
     writer: StreamWriter
+    target: _core.Descriptor
     return_path: ReturnPath
-    urgent: UrgentSender | None = None
+    urgent: UrgentLink | None = None
 
 
 class Owner(Protocol):
@@ -46,13 +49,16 @@ class Owner(Protocol):
 
     def _move(self, input_: Input) -> None: ...
 
-    def _sleep_until_woken(self, seconds: float | None) -> None:
-        """Wait, but no longer than until there is news; raises when the connection broke."""
+    def _sleep_until_woken(self, seconds: float | None, *, heedful: bool = True) -> None:
+        """Wait, but no longer than until there is news; raises when the connection broke.
+
+        heedful: requests are news
+        """
 
     def _relink(self) -> Link:
         """Wait for another URI, and connect to it."""
 
-    def _link_urgent(self) -> UrgentSender | None:
+    def _link_urgent(self) -> UrgentLink | None:
         """Connect for urgent pages, unless that was done or is not to be."""
 
     def _unlink(self) -> None:
@@ -86,9 +92,15 @@ class PostcopyPhase:
         self._owner = owner
         self._search = search
         self._requests = requests
+        self._walk = SharedSearch(search, requests, self._sent)
         self._background = background
         self._releaser = releaser
         self._on_break = on_break
+
+    @property
+    def remaining(self) -> int:
+        """Bytes of pages that nobody has taken. Any thread."""
+        return self._walk.remaining
 
     def run(self, link: Link | None, package: bytes = b"") -> None:
         """Send the rest, however often the connection breaks; return when all is confirmed.
@@ -112,26 +124,28 @@ class PostcopyPhase:
                 self._on_break(as_mig_error(error))
             self._owner._unlink()
             self._requests.clear()
+            self._walk.heed()
             link = None
             self._owner._move(Input.INTERRUPT)
 
     def _send_rest(self, link: Link) -> None:
         writer, urgent = link.writer, link.urgent
         saver = self._owner._postcopy_saver(writer)
-        if urgent is not None:
-            urgent.start()
+        self._answer(link, saver)
         PostcopySender(
-            self._search if urgent is None else urgent.search,
+            self._walk,
             self._requests,
             saver,
-            serves=urgent is None,
+            shares=urgent is None,
             bandwidth=lambda: self._owner.parameters.max_postcopy_bandwidth,
             background=self._background,
             sleep=self._owner._sleep_until_woken,
-            on_sent=self.sent,
+            on_sent=self._sent,
         ).run()
-        if urgent is not None:
-            urgent.drain()
+        # all pages are taken: who had the last one has sent it when the turn is ours
+        self._requests.server.take_turn()
+        self._requests.server.give_turn()
+        self._walk.heed()
         link.return_path.may_confirm = True
         saver.end()
         writer.put(bytes([SectionType.EOF]))
@@ -141,8 +155,17 @@ class PostcopyPhase:
         # until then the connection for urgent pages stays open: later QEMUs end it themselves
         link.return_path.wait_shut(self._owner.parameters.timeout)
 
-    def sent(self, batch: PageBatch) -> None:
-        """The kernel has these pages. Any thread that sends."""
+    def _answer(self, link: Link, saver: RamSaver) -> None:
+        """What is asked for is sent from now on: the guest may run at the destination."""
+        detects = self._owner.parameters.zero_page_detection != ZeroPageDetection.NONE
+        if link.urgent is not None:
+            self._requests.attach(link.urgent.target, beside=True, detects=detects)
+        else:
+            head, tail = saver.around_part
+            self._requests.attach(link.target, head=head, tail=tail, detects=detects)
+
+    def _sent(self, batch: PageBatch) -> None:
+        """The kernel has these pages."""
         if self._releaser is not None:
             self._releaser.sent(batch)
 
@@ -159,9 +182,9 @@ class PostcopyPhase:
         for block in self._search.blocks:
             received = _core.Bitmap.from_wire(block.pages.npages, return_path.bitmaps[block.idstr])
             received.complement()
-            self._search.replace_dirty(block.idstr, received)
+            self._walk.replace_dirty(block.idstr, received)
         # the walk may have been broken off in the middle of a host page
-        self._search.rewind()
+        self._walk.rewind()
         # the destination has the main connection for sure
         link.urgent = self._owner._link_urgent()
         return_path.may_resume = True

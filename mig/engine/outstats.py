@@ -32,19 +32,21 @@ def source_stats(
     search: PageSearch | None,
     precopy: Precopy | None,
     *,
+    remaining: int,
     requests: int,
     missed_zero_copy: int,
 ) -> RamStats:
     """Return the statistics of RAM, whatever of it is there yet.
 
     counters: the first one is of the main stream
+    remaining: bytes of pages that are still to be sent
     requests: pages that were asked for
     """
     running = sent.total if sent.running is None else sent.running
     here = sent.total if sent.here is None else sent.here
     stats = RamStats(
         transferred=sent.total,
-        remaining=search.remaining if search else 0,
+        remaining=remaining,
         total=counters[0].total,
         duplicate=sum(each.fill for each in counters),
         normal=sum(each.normal for each in counters),

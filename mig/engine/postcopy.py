@@ -1,4 +1,4 @@
-"""Postcopy at the source: pages that the destination waits for first, the others in between."""
+"""Postcopy at the source: the pages that nobody waits for, in between those that somebody does."""
 
 from __future__ import annotations
 
@@ -10,12 +10,19 @@ from mig.engine.requests import PageRequests
 from mig.ram.save import RamSaver
 from mig.ram.search import PageBatch, SourceBlock
 
-#: bytes that are sent in the background before the next look at requests
-_BACKGROUND = 64 << 10
+#: bytes that are sent in the background at a time, and while others may be asked for behind them
+_BACKGROUND, _BRIEF = 256 << 10, 64 << 10
+
+
+class Sleep(Protocol):
+    """How a PostcopySender waits."""
+
+    def __call__(self, seconds: float | None, *, heedful: bool = True) -> None:
+        """Wait; see PostcopySender."""
 
 
 class Walk(Protocol):
-    """What pages are taken from: a PageSearch, or one that is shared with another thread."""
+    """What pages are taken from, shared with the thread that answers requests."""
 
     @property
     def listed(self) -> Sequence[SourceBlock]:
@@ -31,7 +38,7 @@ class Walk(Protocol):
 
     @property
     def hurries(self) -> bool:
-        """Whether somebody waits for that host page, who is not among the requests."""
+        """Whether somebody waits for that host page."""
 
     def next_batch(self, max_pages: int) -> PageBatch | None:
         """Take the next pages."""
@@ -39,20 +46,20 @@ class Walk(Protocol):
     def next_in_order(self, max_pages: int) -> PageBatch | None:
         """Take the next pages that are worth sending before the rest."""
 
-    def take(self, block: SourceBlock, first: int, npages: int) -> PageBatch | None:
-        """Take these pages, if nobody has."""
+    def heed(self) -> None:
+        """Take note of what was asked for."""
 
 
 class PostcopySender:
     """Sends what is left while the guest runs at the destination; matches postcopy of ram.c.
 
-    requests:   what goes first
-    serves:     False: that goes over another connection
+    requests:   whose answers go first
+    shares:     they go over the stream of the saver, and not over another connection
     saver:      the sections of the present connection
     bandwidth:  bytes a second for pages that nobody waits for, 0: no limit
     background: whether pages that nobody waits for are sent at all
-    sleep:      waits so many seconds (None: for ever), less when there are requests or something
-                has changed, or raises when it is over
+    sleep:      waits so many seconds (None: for ever), less when something has changed, if heedful
+                also when there are requests, or raises when it is over
     on_sent:    told of each batch that was sent
     """
 
@@ -62,73 +69,78 @@ class PostcopySender:
         requests: PageRequests,
         saver: RamSaver,
         *,
-        serves: bool = True,
+        shares: bool = True,
         bandwidth: Callable[[], int],
         background: Callable[[], bool],
-        sleep: Callable[[float | None], None],
+        sleep: Sleep,
         on_sent: Callable[[PageBatch], None] = lambda _: None,
     ) -> None:
         self._search = search
         self._requests = requests
+        self._server = requests.server
         self._saver = saver
-        self._serves = serves
+        self._shares = shares
         self._background = background
         self._sleep = sleep
         self._on_sent = on_sent
         self._bandwidth = bandwidth
         self._limit = RateLimit(self._rate, self._wait)
-        page_size = search.listed[0].pages.page_size if search.listed else 1
-        self._page_size = page_size
-        self._most = max(1, _BACKGROUND // page_size)
+        self._page_size = search.listed[0].pages.page_size if search.listed else 1
+        # it stays ours inside a host page: the destination puts that together
+        self._has_turn = False
 
     def run(self) -> None:
         """Return when nothing is left to be taken."""
         self._requests.courtesy.begin()
-        while self._search.remaining:
-            self._serve()
-            if not self._background() and not self._search.inside_host_page:
-                # the last page may have gone just now
-                if self._search.remaining and not (self._serves and self._requests.pending):
-                    self._sleep(None)
-                continue
-            room = self._limit.room()
-            most = self._most if room is None else min(self._most, room // self._page_size)
-            batch = self._search.next_in_order(most)
-            if batch is None:
-                if not self._search.inside_host_page and (left := self._requests.courtesy.left()):
-                    self._sleep(left)
-                    continue
-                batch = self._search.next_batch(most)
-                self._requests.courtesy.sent()
-            if batch is not None:
-                self._limit.spend(self._send(batch))
+        try:
+            while self._search.remaining:
+                self._step()
+        finally:
+            self._give_turn()
+
+    def _step(self) -> None:
+        if not self._background() and not self._search.inside_host_page:
+            self._sleep(None)
+            self._search.heed()
+            return
+        courtesy, most = self._requests.courtesy, self._most()
+        batch = self._search.next_in_order(most)
+        if batch is None:
+            if not self._search.inside_host_page and (left := courtesy.left()):
+                self._sleep(left)
+                return
+            batch = self._search.next_batch(most)
+            courtesy.sent()
+        if batch is not None:
+            self._limit.spend(self._send(batch))
+
+    def _most(self) -> int:
+        """Pages that may go at a time."""
+        nbytes = _BRIEF if self._requests.courtesy.recent else _BACKGROUND
+        room = self._limit.room()
+        return max(1, (nbytes if room is None else min(nbytes, room)) // self._page_size)
 
     def _rate(self) -> int:
         """The limit; none for a host page whose end somebody waits for."""
-        waits = self._search.hurries or (self._serves and self._requests.pending)
+        waits = self._search.hurries or (self._shares and self._server.waiting)
         return 0 if waits and self._search.inside_host_page else self._bandwidth()
 
     def _wait(self, seconds: float) -> None:
-        """Who waits for a page does not wait for the limit."""
-        # what came inside a host page has ended a sleep already
-        self._serve()
-        self._sleep(seconds)
-        self._serve()
-
-    def _serve(self) -> None:
-        """Send what was asked for, unless it is on its way already.
-
-        A host page that has been begun is finished first: the destination puts it together.
-        """
-        if not self._serves:
-            return
-        while not self._search.inside_host_page and (request := self._requests.pop()) is not None:
-            batch = self._search.take(*request)
-            if batch is not None:
-                self._send(batch)
+        """For the limit, which concerns whoever waits for the end of a host page alone."""
+        self._sleep(seconds, heedful=self._search.inside_host_page)
 
     def _send(self, batch: PageBatch) -> int:
         before = self._saver.nbytes
+        if self._shares and not self._has_turn:
+            self._server.take_turn()
+            self._has_turn = True
         self._saver.part(batch)
+        if not self._search.inside_host_page:
+            self._give_turn()
         self._on_sent(batch)
         return self._saver.nbytes - before
+
+    def _give_turn(self) -> None:
+        if self._has_turn:
+            self._has_turn = False
+            self._server.give_turn()

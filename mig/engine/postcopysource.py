@@ -9,15 +9,15 @@ import warnings
 from abc import abstractmethod
 from collections.abc import Callable
 
+from mig.channel import Channel
 from mig.engine.encoding import Encoding
 from mig.engine.goover import PostcopyPolicy
 from mig.engine.outcheck import check_outgoing, check_recovery
 from mig.engine.outlink import SourceLink
 from mig.engine.outpostcopy import Link, PostcopyPhase
-from mig.engine.preempt import UrgentSender
+from mig.engine.preempt import UrgentLink
 from mig.engine.recovery import Attempt, RecoveryPolicy
 from mig.engine.requests import PageRequests
-from mig.engine.wake import Wake
 from mig.errors import (
     CancelledError,
     IdleTimeoutError,
@@ -68,10 +68,6 @@ class PostcopySource(SourceLink):
         self.faults: FaultLog | None = None
         self._search: PageSearch | None = None
         self._encoding: Encoding | None = None
-        # set when somebody waits for a page that goes over a connection of its own
-        self._bell: Wake | None = None
-        # of pages that went over it; only the thread that sends them counts
-        self._urgent_counters = RamCounters()
         # bytes sent before the guest may have run at the destination; None: it has not
         self._handed_over: int | None = None
         # bytes sent over connections that are gone
@@ -81,7 +77,7 @@ class PostcopySource(SourceLink):
         self._recovering = threading.Event()
         # what the policy wants to be done about the break; None: the owner sees to it
         self._attempt: Attempt | None = None
-        self._phase: PostcopyPhase
+        self._phase: PostcopyPhase | None = None
         self._paused_by_owner = False
 
     # ---- for the owner; any thread ----------------------------------------------------------
@@ -188,7 +184,9 @@ class PostcopySource(SourceLink):
         if policy is not None and not self._wants_postcopy and policy.goes_over(passes, remaining):
             self._wants_postcopy = True
 
-    def _go_on_in_postcopy(self, writer: StreamWriter, search: PageSearch) -> None:
+    def _go_on_in_postcopy(
+        self, channel: Channel, writer: StreamWriter, search: PageSearch
+    ) -> None:
         assert self._return_path is not None
         urgent = self._link_urgent()
         for command in discards(search):
@@ -206,7 +204,8 @@ class PostcopySource(SourceLink):
                 self._handed_over = None
                 raise
         self._mark("handed over")
-        self._postcopy(search).run(Link(writer, self._return_path, urgent), devices)
+        link = Link(writer, channel.writes_to, self._return_path, urgent)
+        self._postcopy(search).run(link, devices)
 
     def _postcopy(self, search: PageSearch) -> PostcopyPhase:
         assert self._requests is not None
@@ -231,52 +230,48 @@ class PostcopySource(SourceLink):
         configuration = self._guest.configuration
         return preempt_dialect(configuration.machine if configuration else None)
 
-    def _page_requests(self, search: PageSearch) -> PageRequests:
-        self._bell = None if self._preempt is None else Wake()
-        return PageRequests(search, self._bell or self._wake, self.faults)
+    def _page_requests(self, search: PageSearch) -> PageRequests | None:
+        if Capability.POSTCOPY_RAM not in self.capabilities:
+            return None
+        releases = Capability.RELEASE_RAM in self.capabilities
+        return PageRequests(search, self.faults, tells_sent=releases)
+
+    @property
+    def _answered(self) -> RamCounters:
+        """Pages that were sent because they were asked for."""
+        if self._requests is None:
+            return RamCounters()
+        normal, fill, _ = self._requests.server.sent
+        return RamCounters(normal=normal, fill=fill)
+
+    @property
+    def _remaining(self) -> int:
+        """Bytes of pages that are still to be sent."""
+        if self._phase is not None:
+            return self._phase.remaining
+        return self._search.remaining if self._search is not None else 0
 
     def _link_urgent_early(self) -> None:
         if self._preempt is not None and self._preempt.early:
             self._link_urgent()
 
-    def _link_urgent(self) -> UrgentSender | None:
+    def _link_urgent(self) -> UrgentLink | None:
         """Connect for urgent pages, unless that was done or is not to be."""
-        dialect = self._preempt
-        if dialect is None or self._bell is None or self._urgent is not None:
+        dialect, path = self._preempt, self._return_path
+        if dialect is None or self._urgent is not None:
             return self._urgent
-        assert self._search is not None
-        assert self._requests is not None
-        assert self._encoding is not None
-        path, encoding = self._return_path, self._encoding
         if path is not None and not dialect.early and self._handed_over is None:
             # else the destination might take this connection for the main one
             path.wait_until(lambda: PING_SETUP in path.pongs, self.parameters.timeout)
-        urgent = UrgentSender(
-            self._connect_beside(),
-            self._search,
-            self._requests,
-            self._bell,
-            lambda writer: encoding.plain(writer, self._urgent_counters),
-            ends=dialect.ends,
-            on_sent=lambda batch: self._phase.sent(batch),
-            on_empty=self._wake.set,
-            on_error=self._urgent_failed,
-        )
+        urgent = UrgentLink(self._connect_beside(), ends=dialect.ends)
         with self._lock:
             self._urgent = urgent
             self._check_wanted()
         return urgent
 
-    def _urgent_failed(self, error: MigError) -> None:
-        """Called by its thread; the destination may be about to say the reason."""
-        if self._return_path is not None:
-            with contextlib.suppress(MigError):
-                self._return_path.wait_shut(1.0)
-        self._link_failed(error)
-
-    def _close_bell(self) -> None:
-        if self._bell is not None:
-            self._bell.close()
+    def _close_requests(self) -> None:
+        if self._requests is not None:
+            self._requests.close()
 
     # ---- breaks -----------------------------------------------------------------------------
 
@@ -325,7 +320,7 @@ class PostcopySource(SourceLink):
         return_path = self._open_return_path(channel)
         self._link_urgent_early()
         self._move(Input.CONNECTED)
-        return Link(writer, return_path, self._urgent)
+        return Link(writer, channel.writes_to, return_path, self._urgent)
 
     def _await_recovery(self) -> None:
         """Return when the owner wants it to go on, or the policy does."""
@@ -362,10 +357,14 @@ class PostcopySource(SourceLink):
             self._fail(error)
         self._interrupt()
 
-    def _sleep_until_woken(self, seconds: float | None) -> None:
+    def _sleep_until_woken(self, seconds: float | None, *, heedful: bool = True) -> None:
+        wakes = [self._wake]
+        if heedful and self._requests is not None:
+            wakes.append(self._requests.bell)
         with contextlib.suppress(IdleTimeoutError):
-            self._cancel.wait({self._wake.fd: select.POLLIN}, seconds)
-            self._wake.clear()
+            self._cancel.wait({wake.fd: select.POLLIN for wake in wakes}, seconds)
+            for wake in wakes:
+                wake.clear()
         if self._link_error is not None:
             raise self._link_error
 

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import deque
 from collections.abc import Callable
 
+import numpy as np
+
+from mig import _core
+from mig.channel import Channel
 from mig.engine.wake import Wake
 from mig.errors import StreamError
+from mig.pages import HOST_PAGE_SIZE
 from mig.postcopy.faultorder import FaultLog
-from mig.ram.search import PageSearch, SourceBlock
+from mig.ram.search import PageBatch, PageSearch
 
-#: requests that may wait; a destination asks for each page once, so there can be one a page, but a
-#: guest has no more vCPUs and devices that stand still than this
-_MOST_WAITING = 1 << 16
+#: requests that may come before pages can be sent: those of a guest that has just begun to run
+_MOST_EARLY = 1 << 16
 #: seconds in which a guest that begins to run misses hundreds of pages one after the other, each
 #: 0.1 to 0.2 ms after it has got the last one where nothing else is in its way
 _START = 1.0
@@ -22,6 +25,8 @@ _START = 1.0
 _QUIET = (0.02, 0.0005)
 #: seconds that the background waits at most for a guest that never stops to ask
 _PATIENCE = (0.1, 0.001)
+#: seconds after a request in which others are to be expected
+_RECENT = 0.1
 
 
 class Courtesy:
@@ -48,6 +53,11 @@ class Courtesy:
         """Something went in the background."""
         self._sent = self._clock()
 
+    @property
+    def recent(self) -> bool:
+        """Whether whoever asks next would have to wait for what is sent now."""
+        return self._clock() < self._requested + _RECENT
+
     def left(self) -> float:
         """Return the seconds until the background may go on, 0 for now."""
         now = self._clock()
@@ -57,32 +67,66 @@ class Courtesy:
 
 
 class PageRequests:
-    """A queue that the thread of the return path fills, and the one that sends empties.
+    """What a destination asks for; it is answered by the thread that reads it.
 
-    wake: set when there is something in the queue
-    log:  told of all requests
+    log:        told of all requests
+    tells_sent: pages that answers have sent are to be heeded, too
     """
 
-    def __init__(self, search: PageSearch, wake: Wake, log: FaultLog | None = None) -> None:
+    def __init__(
+        self,
+        search: PageSearch,
+        log: FaultLog | None = None,
+        *,
+        tells_sent: bool = False,
+    ) -> None:
         self._search = search
-        self._wake = wake
         self._lock = threading.Lock()
-        self._queue: deque[tuple[SourceBlock, int, int]] = deque()
-        self._last: SourceBlock | None = None
+        self._early: list[tuple[int, int, int]] = []
         self._log = log
-        self._numbers = {id(block): number for number, block in enumerate(search.listed)}
+        self._numbers = {block.idstr: number for number, block in enumerate(search.listed)}
+        page_size = search.listed[0].pages.page_size if search.listed else HOST_PAGE_SIZE
+        #: set when there is something to be heeded
+        self.bell = Wake()
+        #: answers, and is had by turns with who sends the rest
+        self.server = _core.PageServer(
+            [
+                (
+                    block.idstr.encode("ascii"),
+                    block.pages,
+                    block.dirty,
+                    max(1, block.host_page_size // page_size),
+                    block.detect_zero,
+                    search.ignores(block),
+                )
+                for block in search.listed
+            ],
+            page_size,
+            wake_fd=self.bell.fd,
+            tells_sent=tells_sent,
+        )
         #: how long the background is to wait
         self.courtesy = Courtesy()
-        #: pages asked for so far
-        self.total = 0
+
+    @property
+    def total(self) -> int:
+        """Pages asked for and answered so far. Any thread."""
+        return self.server.asked
+
+    # ---- the thread of the return path -------------------------------------------------------
+
+    def listen(self, channel: Channel) -> None:
+        """The return path comes from there."""
+        channel.read_by(self.server.listen)
 
     def add(self, idstr: str | None, start: int, length: int) -> None:
-        """Queue a request; StreamError for one that cannot be.
+        """Answer a request, once that is possible; StreamError for one that cannot be.
 
         idstr:  block, None: that of the last request
         start, length: in bytes
         """
-        block = self._find(idstr)
+        number = self._find(idstr)
+        block = self._search.listed[number]
         page_size = block.pages.page_size
         if start % page_size or length % page_size or not length:
             raise StreamError(
@@ -94,17 +138,14 @@ class PageRequests:
                 f"the destination asks for {length} bytes at {start:#x}, past the end of the block",
                 block=block.idstr,
             )
+        request = number, start // page_size, length // page_size
         with self._lock:
-            if len(self._queue) >= _MOST_WAITING:
-                raise StreamError("the destination asks for more pages than it can wait for")
-            self._queue.append((block, start // page_size, length // page_size))
-            self.total += length // page_size
-        self.courtesy.requested()
-        self._wake.set()
-        if self._log is not None:
-            npages = length // page_size
-            place = self._search.place
-            self._log.note(self._numbers[id(block)], start // page_size, npages, place)
+            if not self.server.attached:
+                if len(self._early) >= _MOST_EARLY:
+                    raise StreamError("the destination asks for more pages than it can wait for")
+                self._early.append(request)
+                return
+        self.server.answer(*request)
 
     def bitmap_nbytes(self, idstr: str) -> int:
         """Bytes of the bitmap of a block on the return path; StreamError: no such block."""
@@ -114,31 +155,56 @@ class PageRequests:
             raise StreamError(f"the destination has a block '{idstr}', which is not here") from None
         return -(-npages // 64) * 8
 
-    def _find(self, idstr: str | None) -> SourceBlock:
+    def _find(self, idstr: str | None) -> int:
         if idstr is not None:
-            try:
-                block = self._search[idstr]
-            except KeyError:
-                block = None
-            if block is None or self._search.ignores(block):
+            number = self._numbers.get(idstr)
+            if number is None or self._search.ignores(self._search.listed[number]):
                 raise StreamError(f"the destination asks for pages of '{idstr}': no such block")
-            self._last = block
-        if self._last is None:
+            self.server.last = number
+        if self.server.last is None:
             raise StreamError("the destination asks for pages of no block")
-        return self._last
+        return self.server.last
 
-    def pop(self) -> tuple[SourceBlock, int, int] | None:
-        """Return block, first page, number of pages of the oldest request; None: there is none."""
+    # ---- the thread of the migration ---------------------------------------------------------
+
+    def attach(
+        self,
+        target: _core.Descriptor,
+        *,
+        head: bytes = b"",
+        tail: bytes = b"",
+        beside: bool = False,
+        detects: bool = True,
+    ) -> None:
+        """Answer over that from now on; see PageServer.attach() of `mig._core`."""
         with self._lock:
-            return self._queue.popleft() if self._queue else None
+            self.server.attach(target, head, tail, beside=beside, detects=detects)
+            early, self._early = self._early, []
+        for request in early:
+            self.server.answer(*request)
 
-    @property
-    def pending(self) -> bool:
-        """Whether somebody waits."""
-        return bool(self._queue)
+    def heed(self, on_sent: Callable[[PageBatch], None]) -> None:
+        """Let what has been asked for say what goes next. For who has the pages.
+
+        on_sent: told of what was sent
+        """
+        for number, first, npages, sent in self.server.take_notes():
+            block = self._search.listed[number]
+            if sent:
+                on_sent(PageBatch(block, np.arange(first, first + npages, dtype=np.uint64)))
+                continue
+            self.courtesy.requested()
+            if self._log is not None:
+                self._log.note(number, first, npages, self._search.place)
+            self._search.requested(block, first, first + npages)
 
     def clear(self) -> None:
-        """Forget all: who asked is gone, and asks again when it is back."""
+        """Answer nobody, and forget all: who asked is gone, and asks again when it is back."""
+        self.server.detach()
         with self._lock:
-            self._queue.clear()
-            self._last = None
+            self._early.clear()
+
+    def close(self) -> None:
+        """Let go of the pages; nobody reads or writes any more."""
+        self.server.close()
+        self.bell.close()

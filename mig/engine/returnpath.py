@@ -2,18 +2,46 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable
 
 from mig.channel import Channel
+from mig.channel.base import LAST_WORDS
 from mig.engine.requests import PageRequests
-from mig.errors import ChannelError, MigError, PeerError, TruncatedError
+from mig.errors import (
+    CancelledError,
+    ChannelError,
+    MigError,
+    PeerError,
+    StreamError,
+    TruncatedError,
+)
 from mig.records import ReturnMessage
-from mig.stream.reader import StreamReader
+from mig.stream.reader import Source, StreamReader
 from mig.wire import RECV_BITMAP_END, RESUME_ACK_READY, ReturnType
 
 #: different values of PONGs that are remembered
 _MOST_PONGS = 64
+
+
+class _Unanswered:
+    """What is left of a return path whose requests are answered before they are seen here."""
+
+    def __init__(self, channel: Channel, requests: PageRequests) -> None:
+        self._channel = channel
+        self._server = requests.server
+
+    @property
+    def timeout(self) -> float | None:
+        return self._channel.timeout
+
+    @timeout.setter
+    def timeout(self, seconds: float | None) -> None:
+        self._channel.timeout = seconds
+
+    def readinto(self, data: bytearray, start: int, at_least: int) -> int:
+        return self._server.readinto(data, start, at_least)
 
 
 class ReturnPath:
@@ -68,14 +96,13 @@ class ReturnPath:
             self._end()
 
     def _read(self) -> None:
-        reader = StreamReader(self._channel, buffer_size=4096)
+        source: Source = self._channel
+        if self._requests is not None:
+            self._requests.listen(self._channel)
+            source = _Unanswered(self._channel, self._requests)
+        reader = StreamReader(source, buffer_size=4096)
         while True:
-            try:
-                message = ReturnMessage.read(reader)
-            except (TruncatedError, ChannelError) as error:
-                raise PeerError(
-                    f"the destination went away before it confirmed the migration ({error})"
-                ) from error
+            message = self._next(reader)
             if message.type == ReturnType.SHUT:
                 if message.value:
                     raise PeerError(f"the destination reports failure ({message.value:#x})")
@@ -90,6 +117,31 @@ class ReturnPath:
                 raise reader.error(f"{message.type.name} outside of postcopy")
             else:
                 self._take(message, reader, self._requests)
+
+    def _next(self, reader: StreamReader) -> ReturnMessage:
+        """Answer requests until something else comes, and return that."""
+        try:
+            if self._requests is not None:
+                self._requests.server.run()
+            return ReturnMessage.read(reader)
+        except (TruncatedError, ChannelError) as error:
+            if (said := self._last_word(reader)) is not None:
+                raise said from error
+            if isinstance(error, PeerError):
+                raise
+            raise PeerError(
+                f"the destination went away before it confirmed the migration ({error})"
+            ) from error
+
+    def _last_word(self, reader: StreamReader) -> PeerError | None:
+        """Return what the destination has to say about a connection that is of no use any more."""
+        self._channel.timeout = LAST_WORDS
+        with contextlib.suppress(StreamError, ChannelError, CancelledError):
+            while (message := ReturnMessage.read(reader)).type != ReturnType.SHUT:
+                pass
+            if message.value:
+                return PeerError(f"the destination reports failure ({message.value:#x})")
+        return None
 
     def _take(self, message: ReturnMessage, reader: StreamReader, requests: PageRequests) -> None:
         try:

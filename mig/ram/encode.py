@@ -48,15 +48,19 @@ class PageEncoder(ABC):
 
 
 class RecordWriter:
-    """Writes the page records of one stream, which remembers its block over sections."""
+    """Writes the page records of one stream, which remembers its block over sections.
 
-    def __init__(self, writer: StreamWriter) -> None:
+    shared: others write records into it, too, between these: each batch names its block
+    """
+
+    def __init__(self, writer: StreamWriter, *, shared: bool = False) -> None:
         self.writer = writer
+        self._shared = shared
         self._current: str | None = None
 
     def name(self, block: SourceBlock) -> bytes | None:
         """Return what the next record has to name: the block, or None when the stream is in it."""
-        if self._current == block.idstr:
+        if self._current == block.idstr and not self._shared:
             return None
         self._current = block.idstr
         return block.idstr.encode("ascii")

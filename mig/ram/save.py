@@ -64,6 +64,12 @@ class RamSaver:
         self._encoder.encode(batch)
         self._end_section(SectionType.PART)
 
+    @property
+    def around_part(self) -> tuple[bytes, bytes]:
+        """What somebody else has to write before and behind the records of a SECTION_PART."""
+        footer = encode_footer(self._section_id) if self.footers else b""
+        return encode_continuation(SectionType.PART, self._section_id), _EOS + footer
+
     def end(self) -> None:
         """SECTION_END with every page that is still dirty."""
         self._writer.put(encode_continuation(SectionType.END, self._section_id))

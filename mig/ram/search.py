@@ -243,23 +243,16 @@ class PageSearch:
         room[:n].sort()
         return self._taken(self.blocks[number], room[:n])
 
-    def take(self, block: SourceBlock, first: int, npages: int) -> PageBatch | None:
-        """Take what is dirty of these pages, host pages as a whole; None when nothing is.
+    def requested(self, block: SourceBlock, first: int, end: int) -> None:
+        """Pages first..end were asked for, and somebody else has sent what was dirty of them.
 
         What is near goes next, and the walk goes on behind them, it will be wanted, too; but not
         while the walk is inside a host page.
         """
-        first, end = block.host_pages(first, first + npages)
         number = self.blocks.index(block)
-        # also of what is on its way already: who waits for that will soon be past it
         self._order.requested(number, first, end)
-        n = block.dirty.count(first, end - first)
-        index = np.empty(n, dtype=np.uint64)
-        if not n or not block.dirty.take(first, index):
-            return None
         if not self.inside_host_page:
             self._block, self._page = number, end
-        return self._taken(block, index)
 
     def replace_dirty(self, idstr: str, dirty: _core.Bitmap) -> None:
         """Let these pages of a block be dirty, and no others."""

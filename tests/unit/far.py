@@ -38,7 +38,7 @@ class Link:
         self.left = limit
         self.nbytes = 0
         self.closed = False
-        #: whether nobody reads it any more
+        #: whether no more pages are read from it
         self.ended = False
         #: block of the last record
         self.last: str | None = None
@@ -240,8 +240,9 @@ class Far:
             pass
         except BaseException as error:
             self.errors.append(error)
-        link.close()
-        link.ended = True
+        finally:
+            link.close()
+            link.ended = True
 
     def _hear(self, *what: object) -> None:
         self.heard.append(what)
@@ -256,6 +257,7 @@ class Far:
         kind = link.number(1)
         if kind == 0:
             self._hear("eof")
+            link.ended = True
             while self._preempt and not link.closed and not self.complete:
                 # the last pages may be on the way on the other connection
                 time.sleep(0.001)
@@ -298,6 +300,9 @@ class Far:
             block = data[1:].decode()
             assert data[0] == len(block)
             self._hear(name, block)
+            # what came over connections that are gone is received
+            for before in self._all[: self._all.index(link)]:
+                until(lambda before=before: before.ended, "the end of a connection")
             self._answer((name, block), lambda: self.say_bitmap(block, link=link))
         elif name == "resume":
             self._hear(name)

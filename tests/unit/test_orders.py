@@ -11,12 +11,12 @@ import subprocess
 import sys
 import threading
 import zlib
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from unit.answers import Answering
 from unit.boxes import FOREVER, PAGE, Box
 from unit.far import until
 from unit.postcopies import RAM, VGA, box, is_paused
@@ -24,7 +24,7 @@ from unit.postcopies import RAM, VGA, box, is_paused
 import mig
 from mig import OrderFile, OutgoingMigration, _core
 from mig.engine.postcopy import PostcopySender
-from mig.engine.requests import Courtesy, PageRequests
+from mig.engine.requests import Courtesy
 from mig.errors import (
     ChannelError,
     MismatchError,
@@ -246,7 +246,7 @@ def search_of(*npages: int, group: int = 1) -> PageSearch:
     return PageSearch(blocks)
 
 
-def taken(search: PageSearch, most: int = 64) -> tuple[str, list[int]]:
+def taken(search: PageSearch | Answering, most: int = 64) -> tuple[str, list[int]]:
     batch = search.next_batch(most)
     return ("", []) if batch is None else (batch.block.idstr, batch.index.tolist())
 
@@ -276,9 +276,10 @@ def test_what_was_recorded_goes_first_in_batches():
 
 def test_recorded_pages_that_were_sent_are_passed_over():
     search = search_of(200)
+    walk = Answering(search)
     search.follow(order_of(*((0, n) for n in range(150, 190, 2))))
-    search.take(search["b0"], 150, 30)
-    assert taken(search, 5) == ("b0", [180, 182, 184, 186, 188])
+    walk.take(search["b0"], 150, 30)
+    assert taken(walk, 5) == ("b0", [180, 182, 184, 186, 188])
 
 
 def test_a_long_order_of_nothing_does_not_hold_requests_up():
@@ -302,27 +303,30 @@ def test_after_a_break_the_order_begins_anew():
 
 def test_what_is_near_a_request_goes_next():
     search = search_of(1000)
-    search.take(search["b0"], 500, 1)
-    assert taken(search) == ("b0", [*range(492, 500), *range(501, 517)])
-    assert taken(search, 2) == ("b0", [517, 518])
+    walk = Answering(search)
+    walk.take(search["b0"], 500, 1)
+    assert taken(walk) == ("b0", [*range(492, 500), *range(501, 517)])
+    assert taken(walk, 2) == ("b0", [517, 518])
 
 
 def test_the_last_request_is_served_first():
     search = search_of(1000)
+    walk = Answering(search)
     for page in (100, 500, 900):
-        search.take(search["b0"], page, 1)
-    assert taken(search, 16) == ("b0", list(range(901, 917)))
-    assert taken(search, 8) == ("b0", list(range(892, 900)))
-    assert taken(search, 16) == ("b0", list(range(501, 517)))
+        walk.take(search["b0"], page, 1)
+    assert taken(walk, 16) == ("b0", list(range(901, 917)))
+    assert taken(walk, 8) == ("b0", list(range(892, 900)))
+    assert taken(walk, 16) == ("b0", list(range(501, 517)))
 
 
 def test_reading_ahead_grows_with_a_sequence():
     search = search_of(100_000)
+    walk = Answering(search)
     page, windows = 5000, []
     for _ in range(12):
-        search.take(search["b0"], page, 1)
+        walk.take(search["b0"], page, 1)
         count = 0
-        while (pages := taken(search)[1]) and min(pages) > page and count < 1024:
+        while (pages := taken(walk)[1]) and min(pages) > page and count < 1024:
             count += len(pages)
         windows.append(search._order._near[0].window)
         page = search._order._near[0].limit
@@ -332,17 +336,19 @@ def test_reading_ahead_grows_with_a_sequence():
 
 def test_a_request_for_what_is_on_its_way_counts_too():
     search = search_of(1000)
-    search.take(search["b0"], 100, 1)
-    assert taken(search)[1][-1] == 116
-    assert search.take(search["b0"], 110, 1) is None
+    walk = Answering(search)
+    walk.take(search["b0"], 100, 1)
+    assert taken(walk)[1][-1] == 116
+    assert walk.take(search["b0"], 110, 1) is None
     assert search._order._near[0].window == 32
-    assert taken(search)[1][0] == 117
+    assert taken(walk)[1][0] == 117
 
 
 def test_only_so_many_neighbourhoods_are_known():
     search = search_of(100_000)
+    walk = Answering(search)
     for page in range(0, 100_000, 1000):
-        search.take(search["b0"], page, 1)
+        walk.take(search["b0"], page, 1)
     assert len(search._order._near) == 16
 
 
@@ -355,13 +361,14 @@ def test_no_page_is_lost_or_sent_twice_and_host_pages_are_whole(group, seed):
     wanted = [(b, n) for b in (0, 1) for n in rng.sample(range(npages[b]), 50)]
     rng.shuffle(wanted)
     search.follow(order_of(*wanted))
+    walk = Answering(search)
     sent: list[tuple[str, int]] = []
-    while search.remaining:
-        if not search.inside_host_page and rng.random() < 0.3:
+    while walk.remaining:
+        if not walk.inside_host_page and rng.random() < 0.3:
             block = search[f"b{rng.randrange(2)}"]
-            batch = search.take(block, rng.randrange(block.pages.npages), 1)
+            batch = walk.take(block, rng.randrange(block.pages.npages), 1)
         else:
-            batch = search.next_batch(rng.choice([1, 7, 64, 1024]))
+            batch = walk.next_batch(rng.choice([1, 7, 64, 1024]))
         if batch is not None:
             sent += [(batch.block.idstr, n) for n in batch.index.tolist()]
             assert sorted(batch.index.tolist()) == batch.index.tolist()
@@ -551,7 +558,8 @@ def test_the_background_waits_while_the_guest_asks():
 def test_what_is_near_does_not_wait():
     """Only the rest does: the sender sleeps before it, and is woken by requests."""
     search = search_of(2000)
-    requests = PageRequests(search, SimpleNamespace(set=lambda: None))
+    walk = Answering(search)
+    requests = walk.requests
     clock = Time()
     requests.courtesy = Courtesy(clock)
     sent: list[int] = []
@@ -563,7 +571,7 @@ def test_what_is_near_does_not_wait():
         def part(self, batch) -> None:
             sent.extend(batch.index.tolist())
 
-    def sleep(seconds):
+    def sleep(seconds, *, heedful=True):
         slept.append(len(sent))
         if len(slept) == 1:
             requests.add("b0", 1000 * PAGE, PAGE)
@@ -571,11 +579,12 @@ def test_what_is_near_does_not_wait():
             clock.now += seconds + 1e-6
 
     PostcopySender(
-        search, requests, Saver(), bandwidth=lambda: 0, background=lambda: True, sleep=sleep
+        walk, requests, Saver(), bandwidth=lambda: 0, background=lambda: True, sleep=sleep
     ).run()
-    assert sorted(sent) == list(range(2000))
-    assert slept[:2] == [0, 25]
-    assert sent[:25] == [1000, *range(992, 1000), *range(1001, 1017)]
+    assert walk.came() == [("b0", 1000)]
+    assert sorted([*sent, 1000]) == list(range(2000))
+    assert slept[:2] == [0, 24]
+    assert sent[:24] == [*range(1001, 1017), *range(992, 1000)]
 
 
 # ---- many at once ----------------------------------------------------------------------------

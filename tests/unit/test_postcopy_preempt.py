@@ -9,13 +9,13 @@ import threading
 
 import numpy as np
 import pytest
+from unit.answers import Answering
 from unit.boxes import FOREVER, NPAGES, PAGE, Box, error_of
 from unit.far import until
 from unit.postcopies import RAM, TOTAL, VGA, closed_lab, is_paused
 
 import mig
 from mig import OutgoingMigration, Status, _core
-from mig.engine.preempt import SharedSearch
 from mig.errors import OptionError, PeerError
 from mig.postcopy.dialect import preempt_dialect
 from mig.ram.search import PageSearch, SourceBlock
@@ -51,7 +51,7 @@ def search_of(blocks: dict[str, tuple[int, int]]) -> PageSearch:
 
 def test_a_host_page_that_was_begun_stays_with_the_walk():
     search = search_of({"a": (4 * 4096, 4096), "b": (10, 1)})
-    shared, block = SharedSearch(search), search["a"]
+    shared, block = Answering(search), search["a"]
     assert shared.next_batch(100).index.tolist() == list(range(100))
     assert shared.inside_host_page
     # inside it, at its beginning that has gone, and at its end
@@ -78,7 +78,7 @@ def test_no_page_is_taken_by_both_or_by_none(seed):
     rng = random.Random(seed)
     blocks = {"a": (30000, 1), "b": (8192, 4096), "c": (4096, 8)}
     search = search_of(blocks)
-    shared = SharedSearch(search)
+    shared = Answering(search)
     takers: list[list[tuple[str, int]]] = [[], []]
 
     def asks() -> None:

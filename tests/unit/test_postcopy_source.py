@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import random
 import struct
 import threading
+import time
 from dataclasses import replace
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from unit.answers import Answering
 from unit.boxes import FOREVER, NPAGES, PAGE, Box, error_of
 from unit.far import Far, until
 from unit.postcopies import (
@@ -27,9 +27,8 @@ from unit.postcopies import (
 import mig
 from mig import MemoryGuest, OutgoingMigration, Status, _core
 from mig.engine.postcopy import PostcopySender
-from mig.engine.preempt import SharedSearch
 from mig.engine.requests import PageRequests
-from mig.errors import PeerError
+from mig.errors import PeerError, StreamError
 from mig.guest import ProcessGuest
 from mig.postcopy.source import advise, discards, package
 from mig.ram.search import PageSearch, SourceBlock
@@ -266,89 +265,100 @@ class Sent:
 
 def test_a_request_waits_for_the_end_of_a_host_page_that_was_begun():
     """One of 16 MiB is more than a batch: no other page may come in its middle."""
-    search = search_of({"a": (8192, 4096)}, {"a": range(8192)})
-    requests = PageRequests(search, SimpleNamespace(set=lambda: None))
-    asked = []
+    walk = Answering(search_of({"a": (8192, 4096)}, {"a": range(8192)}))
+    server, asked, order = walk.requests.server, threading.Event(), []
+
+    def asks():
+        asked.wait(FOREVER)
+        server.answer(0, 4096, 1)
+        order.append("answer")
 
     def after():
-        if not asked:
-            asked.append(1)
-            requests.add("a", 4096 * PAGE, PAGE)
+        order.append(len(sent.pages))
+        if not asked.is_set():
+            asked.set()
+            until(lambda: server.waiting, "somebody who waits for the stream")
 
+    thread = threading.Thread(target=asks)
+    thread.start()
     sent = Sent(after)
     PostcopySender(
-        search,
-        requests,
+        walk,
+        walk.requests,
         sent,
         bandwidth=lambda: 0,
-        background=lambda: not asked,
-        sleep=lambda seconds: seconds or pytest.fail("nobody waits for ever"),
+        background=lambda: not asked.is_set(),
+        sleep=lambda _, **__: time.sleep(0.001),
     ).run()
-    assert sent.pages == list(range(8192))
+    thread.join(FOREVER)
+    assert sent.pages == list(range(4096))
+    assert [n for _, n in walk.came()] == list(range(4096, 8192))
+    assert order[-2:] == [4096, "answer"]
 
 
-@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("shares", [True, False])
 @pytest.mark.parametrize("at", [0, 4096], ids=["it", "another"])
-def test_who_waits_for_the_end_of_a_host_page_does_not_wait_for_the_bandwidth(shared, at):
-    search = search_of({"a": (8192, 4096)}, {"a": range(8192)})
-    walk = SharedSearch(search) if shared else search
-    requests = PageRequests(search, SimpleNamespace(set=lambda: None))
-    sent, slept, asked = Sent(), [], []
+def test_who_waits_for_the_end_of_a_host_page_does_not_wait_for_the_bandwidth(shares, at):
+    walk = Answering(search_of({"a": (8192, 4096)}, {"a": range(8192)}))
+    server, sent, slept, threads = walk.requests.server, Sent(), [], []
 
-    def sleep(seconds):
+    def sleep(seconds, *, heedful=True):
         n = len(sent.pages)
         slept.append(n)
-        if n >= 3 and not asked:
-            asked.append(at)
-            if not shared:
-                requests.add("a", at * PAGE, PAGE)
-            else:
-                # as the other thread
-                assert (walk.take(search["a"], at, 1) is None) == (at == 0)
-        elif n >= (10 if shared and at else 4096):
+        assert heedful or not walk.inside_host_page
+        if n >= 3 and not threads:
+            slept.clear()
+            threads.append(threading.Thread(target=server.answer, args=(0, at, 1)))
+            threads[0].start()
+            until(lambda: server.asked if not shares else server.asked or server.waiting)
+        elif n >= (4096 if shares or not at else 10):
             raise PeerError("enough")
 
     with pytest.raises(PeerError, match="enough"):
         PostcopySender(
             walk,
-            requests,
+            walk.requests,
             sent,
-            serves=not shared,
+            shares=shares,
             bandwidth=lambda: 100 * PAGE,
             background=lambda: True,
             sleep=sleep,
         ).run()
-    if shared and at:
+    threads[0].join(FOREVER)
+    assert [n for _, n in walk.came()] == (list(range(4096, 8192)) if at else [])
+    if at and not shares:
         # nobody waits for the one that was begun
         assert len(sent.pages) == 10
         return
     assert sent.pages[:4096] == list(range(4096))
-    assert not any(3 < n < 4096 for n in slept)
-    if at:
-        assert sent.pages[4096:] == list(range(4096, 8192))
+    assert not [n for n in slept if n < 4096]
 
 
-@pytest.mark.parametrize("shared", [False, True])
-def test_a_host_page_that_was_broken_off_does_not_go_before_what_is_asked_for(shared):
-    search = search_of({"a": (8192, 4096)}, {"a": range(8192)})
-    search.next_batch(10)
-    assert search.inside_host_page
-    search.rewind()
-    everything = _core.Bitmap(8192, fill=True)
-    search.replace_dirty("a", everything)
-    walk = SharedSearch(search) if shared else search
+@pytest.mark.parametrize("shares", [True, False])
+def test_a_host_page_that_was_broken_off_does_not_go_before_what_is_asked_for(shares):
+    walk = Answering(search_of({"a": (8192, 4096)}, {"a": range(8192)}))
+    walk.next_batch(10)
+    assert walk.inside_host_page
+    walk.rewind()
+    walk.replace_dirty("a", _core.Bitmap(8192, fill=True))
     assert not walk.inside_host_page
-    requests = PageRequests(search, SimpleNamespace(set=lambda: None))
-    requests.add("a", 4096 * PAGE, PAGE)
     sent = Sent()
 
-    def asks(seconds):
-        requests.add("a", 0, PAGE)
+    def asks(seconds, *, heedful=True):
+        walk.requests.add("a", 0, PAGE)
 
+    walk.requests.add("a", 4096 * PAGE, PAGE)
     PostcopySender(
-        walk, requests, sent, bandwidth=lambda: 0, background=lambda: False, sleep=asks
+        walk,
+        walk.requests,
+        sent,
+        shares=shares,
+        bandwidth=lambda: 0,
+        background=lambda: False,
+        sleep=asks,
     ).run()
-    assert sent.pages == [*range(4096, 8192), *range(4096)]
+    assert not sent.pages
+    assert [n for _, n in walk.came()] == [*range(4096, 8192), *range(4096)]
 
 
 @settings(max_examples=60, deadline=None)
@@ -356,7 +366,8 @@ def test_a_host_page_that_was_broken_off_does_not_go_before_what_is_asked_for(sh
 def test_no_page_is_taken_twice_or_lost(data):
     """Whatever is asked for, and whenever the destination says what it has."""
     blocks = {"a": (300, 1), "b": (256, 8)}
-    search = search_of(blocks, {"a": range(300), "b": range(256)})
+    search = Answering(search_of(blocks, {"a": range(300), "b": range(256)}))
+    listed = {block.idstr: block for block in search.listed}
     left = {(n, i) for n, (npages, _) in blocks.items() for i in range(npages)}
     for _ in range(data.draw(st.integers(1, 25))):
         name = data.draw(st.sampled_from(["a", "b"]))
@@ -374,7 +385,7 @@ def test_no_page_is_taken_twice_or_lost(data):
         else:
             if step == "take":
                 first = data.draw(st.integers(0, npages - 1))
-                batch = search.take(search[name], first, data.draw(st.integers(1, npages - first)))
+                batch = search.take(listed[name], first, data.draw(st.integers(1, npages - first)))
             else:
                 batch = search.next_batch(data.draw(st.integers(1, 100)))
             if batch is not None:
@@ -385,7 +396,7 @@ def test_no_page_is_taken_twice_or_lost(data):
                 if batch.block.idstr == "b":
                     assert len(got) % 8 == 0
         assert search.remaining == len(left) * PAGE
-    while (batch := search.next_batch()) is not None:
+    while (batch := search.next_batch(64)) is not None:
         left -= {(batch.block.idstr, i) for i in batch.index.tolist()}
     assert not left
 
@@ -425,8 +436,8 @@ def test_the_background_goes_on_near_what_was_asked_for(postcopies):
     source.background = True
     assert source.wait(FOREVER)
     order = [x[1:3] for x in far.heard if x[0] == "page"]
-    # 32 KiB before it and 64 KiB behind it, then the walk
-    expected = [(RAM, n) for n in (300, *range(292, 300), *range(301, NPAGES))]
+    # 64 KiB behind it and 32 KiB before it, then the walk
+    expected = [(RAM, n) for n in (300, *range(301, 317), *range(292, 300), *range(317, NPAGES))]
     expected += [(VGA, n) for n in range(16)] + [(RAM, n) for n in range(292)]
     assert order == expected
 
@@ -494,33 +505,41 @@ def test_a_message_that_cannot_be_pauses(postcopies, what, background):
     assert far.same_as(mine.memory)
 
 
-def test_a_flood_of_requests_ends_in_a_pause(postcopies):
-    """The sender is held up, so that the queue fills."""
+def test_a_flood_of_requests_is_answered(postcopies):
+    """They come faster than they are noted; each page goes once all the same."""
     mine = box()
     source, far = postcopies.started(mine, background=False)
     until(lambda: far.running)
-    held, go = threading.Event(), threading.Event()
-    take = source._search.take
-
-    def slow(*args):
-        held.set()
-        go.wait(FOREVER)
-        return take(*args)
-
-    source._search.take = slow
     far.request(RAM, 0)
-    assert held.wait(FOREVER)
-    with contextlib.suppress(OSError):
-        far.link.sock.sendall(struct.pack(">HHQI", 4, 12, 0, PAGE) * ((1 << 16) + 10))
-    until(lambda: source._link_error is not None)
-    go.set()
-    is_paused(source)
-    assert "more pages than" in source.query().error
-    assert not source._requests.pending
+    count = (1 << 16) + 10
+    far.link.sock.sendall(struct.pack(">HHQI", 4, 12, 0, PAGE) * count)
+    far.request(None, 7 * PAGE)
+    until(lambda: source.query().ram.postcopy_requests == count + 2)
+    until(lambda: far.has(RAM, 7))
+    assert source.query().ram.remaining == (TOTAL - 2) * PAGE
     source.background = True
-    source.recover(far.uri)
     assert source.wait(FOREVER)
     assert far.same_as(mine.memory)
+    assert not far.twice
+
+
+def test_requests_before_the_guest_runs_wait_up_to_a_limit():
+    search = search_of({"a": (64, 1)}, {"a": range(64)})
+    requests = PageRequests(search)
+    for number in range(1 << 16):
+        requests.add("a", number % 3 * PAGE, PAGE)
+    with pytest.raises(StreamError, match="more pages than it can wait for"):
+        requests.add(None, 0, PAGE)
+    requests.clear()
+    requests.close()
+    walk = Answering(search)
+    walk.requests.clear()
+    for number in (5, 3, 5):
+        walk.requests.add("a", number * PAGE, PAGE)
+    assert not walk.came()
+    walk.requests.attach(_core.Descriptor(walk.fd))
+    assert walk.came() == [("a", 5), ("a", 3)]
+    assert walk.requests.total == 3
 
 
 def test_the_last_page_may_be_one_that_was_asked_for(postcopies):
