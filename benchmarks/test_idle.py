@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """A running guest that does nothing: mig's, beside QEMU's of the same size.
 
-Both guests have MIG_BENCH_MIB MiB (4096; 128 in smoke mode) of memory that does not compress, and
+Both guests have MIG_BENCH_MIB MiB (4096; 64 in smoke mode) of memory that does not compress, and
 log writes to it while they are migrated (mig: by the kernel's write tracking). The peers are the
 installed QEMU and, where MIG_QEMU_10 names it, an unpacked QEMU 10.0.
 """
@@ -49,7 +49,7 @@ _TOLERANCE = 0.02
 
 @pytest.fixture(scope="module")
 def mib(smoke: bool) -> int:
-    return int(os.environ.get("MIG_BENCH_MIB") or (128 if smoke else 4096))
+    return int(os.environ.get("MIG_BENCH_MIB") or (64 if smoke else 4096))
 
 
 @pytest.fixture(scope="module")
@@ -138,7 +138,7 @@ def test_rate_limit(
     """
     cap = megabytes * 1_000_000 // (20 if smoke else 1)
     # the half second is for the start, before the first whole one
-    seconds = min(5, int((mib << 20) / cap - 0.5))
+    seconds = min(1 if smoke else 5, int((mib << 20) / cap - 0.5))
     sources: dict[str, MigGuest | QemuSource] = {"mig": mine, qemu_name(binary): theirs}
     rates: dict[str, list[float]] = defaultdict(list)
     settings = multifd(channels) if channels else PLAIN

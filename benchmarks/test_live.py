@@ -17,6 +17,7 @@ import mig
 from mig.dirty import DirtyLog
 from mig.ram.search import PageSearch
 
+from .conftest import SMOKE
 from .migrations import MigDestination, MigGuest, Stage
 
 _PAGE = 4096
@@ -36,7 +37,7 @@ def stage(fast_folder: Path, mib: int) -> Iterator[Stage]:
     stage.clear()
 
 
-@pytest.mark.parametrize("rate_mib", [0, 50, 200, 800])
+@pytest.mark.parametrize("rate_mib", [0, 200] if SMOKE else [0, 50, 200, 800])
 @pytest.mark.parametrize("log", ["tracked", "marked"])
 def test_downtime(
     benchmark: Any, rounds: int, stage: Stage, mib: int, rate_mib: int, log: str
@@ -79,14 +80,13 @@ def test_downtime(
 
 
 @pytest.mark.benchmark(group="An iteration over memory that is clean, most of it never touched")
-@pytest.mark.parametrize("mib", [256, 512, 1024, 2048, 4096, 8192, 16384])
+@pytest.mark.parametrize("mib", [256] if SMOKE else [256, 512, 1024, 2048, 4096, 8192, 16384])
 @pytest.mark.parametrize("log", ["marked", "tracked"])
-def test_iteration(measure: Any, smoke: bool, mib: int, log: str) -> None:
+def test_iteration(measure: Any, mib: int, log: str) -> None:
     """Take over the log, find that nothing is dirty; memory that is hardly touched.
 
     `kernels`: merging a bitmap of that size, and looking for the first set bit.
     """
-    mib = min(mib, 256) if smoke else mib
     npages = (mib << 20) // _PAGE
     memory = mig.GuestMemory()
     memory.add("ram", mib << 20)

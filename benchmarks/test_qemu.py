@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Whole migrations of a QEMU guest: mig at one end, or both, beside QEMU at both ends.
 
-The guest has MIG_BENCH_MIB MiB (2048; 128 in smoke mode) of memory that does not compress, and is
+The guest has MIG_BENCH_MIB MiB (2048; 64 in smoke mode) of memory that does not compress, and is
 idle. Every migration goes over a unix socket with a return path and without a bandwidth limit,
 between two processes of one machine. The time is that from the start to the source's `completed`,
 which comes after the destination has confirmed; `total` is the source's own figure for it
@@ -41,7 +41,7 @@ pytestmark = pytest.mark.timeout(3600)
 
 @pytest.fixture(scope="module")
 def mib(smoke: bool) -> int:
-    return int(os.environ.get("MIG_BENCH_MIB") or (128 if smoke else 2048))
+    return int(os.environ.get("MIG_BENCH_MIB") or (64 if smoke else 2048))
 
 
 @pytest.fixture(scope="module")

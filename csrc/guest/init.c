@@ -16,6 +16,7 @@
  *   migdirtykib=N    KiB rewritten each second in dirty mode (default 1024)
  *   migtouchus=N     microseconds between two touches in touch mode (default 500)
  *   migtickms=N      milliseconds between two reports (default 200)
+ *   migsweepms=N     milliseconds in which all pages are checked once (default 1700)
  *   migpattern=NAME  random (default), sparse, delta or compressible
  *
  * touch reads a word of one page after the other, at random, and reports how
@@ -61,7 +62,7 @@ enum { PAGE_BYTES = 4096, PAGE_WORDS = PAGE_BYTES / 8, PAGES_PER_MIB = 256 };
 /* A touch of memory that is there takes an emulated guest a few microseconds. */
 #define SLOW_TOUCH (20 * NSEC_PER_USEC)
 /* A little under the two seconds promised for a full sweep. */
-#define SWEEP_INTERVAL (1700 * NSEC_PER_MSEC)
+#define SWEEP_MSEC 1700
 /* Larger memories are swept at the pace of this size, to spare the host. */
 #define SWEEP_PAGES_AT_MOST (32 * PAGES_PER_MIB)
 
@@ -562,6 +563,7 @@ __attribute__((noreturn, used)) void start(u64 *stack)
     /* The stack holds argc, the arguments, a null pointer, then the environment. */
     char **environment = (char **)(stack + 1 + stack[0] + 1);
     u64 swept;
+    u64 sweep_msec;
     int mode;
 
     guest.pages = number_variable(environment, "migmib", 32) * PAGES_PER_MIB;
@@ -575,7 +577,10 @@ __attribute__((noreturn, used)) void start(u64 *stack)
     if (mode == MODE_TOUCH)
         guest.touch_interval = number_variable(environment, "migtouchus", 500) * NSEC_PER_USEC;
     swept = guest.pages < SWEEP_PAGES_AT_MOST ? guest.pages : SWEEP_PAGES_AT_MOST;
-    guest.sweep_rate = swept * 1000 / (SWEEP_INTERVAL / NSEC_PER_MSEC) + 1;
+    sweep_msec = number_variable(environment, "migsweepms", SWEEP_MSEC);
+    if (!sweep_msec)
+        give_up("migsweepms is 0");
+    guest.sweep_rate = swept * 1000 / sweep_msec + 1;
     if (guest.dirty_rate >= guest.sweep_rate)
         guest.sweep_rate = 0;
 

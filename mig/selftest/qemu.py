@@ -95,6 +95,8 @@ class GuestSpec:
     """Microseconds between two touches of pages at random, in touch mode."""
     tick_ms: int = 200
     """Milliseconds between two ticks."""
+    sweep_ms: int = 1700
+    """Milliseconds in which an idle guest checks all pages that it filled."""
     machine: str = "pc"
     pattern: Literal["random", "sparse", "delta", "compressible"] = "random"
     extra: tuple[str, ...] = ()
@@ -113,14 +115,17 @@ class GuestSpec:
         parameters = (
             f"{_KERNEL_PARAMETERS} migmib={self.fill_mib} migmode={self.mode} "
             f"migdirtykib={self.dirty_kib} migpattern={self.pattern} "
-            f"migtouchus={self.touch_us} migtickms={self.tick_ms}"
+            f"migtouchus={self.touch_us} migtickms={self.tick_ms} migsweepms={self.sweep_ms}"
         )
         boot = ["-kernel", str(self.kernel), "-initrd", str(self.initrd), "-append", parameters]
         return ["-machine", self.machine, "-m", f"{self.memory_bytes // 1024}k", *boot, *self.extra]
 
 
 class Qemu:
-    """One QEMU process, from construction until `close`; also a context manager."""
+    """One QEMU process, from construction until `close`; also a context manager.
+
+    said: what the guest's console said in processes before this one: `console` begins with it
+    """
 
     def __init__(
         self,
@@ -131,13 +136,14 @@ class Qemu:
         incoming: str | None = None,
         name: str = "vm",
         pass_fds: Sequence[int] = (),
+        said: str = "",
     ) -> None:
         self.name = name
         self.binary = binary
         self.spec = spec
         self._stderr_path = workdir / f"{name}.stderr"
         console_path = workdir / f"{name}.console"
-        console_path.unlink(missing_ok=True)
+        console_path.write_text(said, "ascii", newline="")
         self._console = Console(console_path)
         self._is_source = incoming is None
         self._qmp: QmpConnection | None = None
@@ -169,7 +175,7 @@ class Qemu:
         arguments += ["-no-user-config", "-display", "none", "-monitor", "none", "-net", "none"]
         # The guest's panic then ends the process, which every wait notices.
         arguments += ["-no-reboot"]
-        arguments += ["-chardev", f"file,id=console,path={console_option}"]
+        arguments += ["-chardev", f"file,id=console,append=on,path={console_option}"]
         arguments += ["-serial", "chardev:console"]
         arguments += ["-chardev", f"socket,id=qmp,fd={qmp_fd}", "-mon", "qmp,mode=control"]
         arguments += self.spec.arguments()

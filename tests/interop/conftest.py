@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from interop.kept import KeptBoots
 
 from mig.selftest.console import check_ticks
 from mig.selftest.initramfs import write_initramfs
@@ -21,6 +22,8 @@ from mig.selftest.kernel import find_kernel
 from mig.selftest.packages import fetch_qemu_backport
 from mig.selftest.qemu import GuestSpec, Qemu, QemuBinary
 
+#: milliseconds: short, so that no test has to wait long for the guest
+TICK_MS, SWEEP_MS = 100, 500
 LISTENING = re.compile(r"mig: listening on (\S+)")
 
 
@@ -40,6 +43,16 @@ def kernel() -> Path:
 @pytest.fixture(scope="session")
 def initrd(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_initramfs(tmp_path_factory.mktemp("guest") / "initrd")
+
+
+@pytest.fixture(scope="session")
+def kept_boots(tmp_path_factory: pytest.TempPathFactory) -> KeptBoots:
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+    folder = folder / "kept-boots"
+    folder.mkdir(exist_ok=True)
+    return KeptBoots(folder)
 
 
 class Mig:
@@ -90,16 +103,32 @@ class Lab:
     qemus: dict[str, QemuBinary]
     kernel: Path
     initrd: Path
+    kept_boots: KeptBoots
     count: int = 0
 
     def spec(self, machine: str, mode: str = "idle", **options: Any) -> GuestSpec:
-        return GuestSpec(self.kernel, self.initrd, machine=machine, mode=mode, **options)
+        timing = {"tick_ms": TICK_MS, "sweep_ms": SWEEP_MS}
+        return GuestSpec(self.kernel, self.initrd, machine=machine, mode=mode, **timing | options)
 
-    def boot(self, version: str, spec: GuestSpec) -> Qemu:
-        """Return a QEMU whose guest is up and ticking."""
-        qemu = self.start(version, spec)
-        qemu.wait_ready()
-        qemu.wait_ticks(3)
+    def boot(self, version: str, spec: GuestSpec, *, fresh: bool = False) -> Qemu:
+        """Return a QEMU whose guest is up and ticking.
+
+        It goes on from a file, in which the first one that booted this machine was saved.
+
+        fresh: it is booted here: for machines that are in no other test, and where it matters
+               that it has never been migrated or that its memory is a file
+        """
+        if fresh:
+            qemu = self.start(version, spec)
+            qemu.wait_ready()
+            qemu.wait_ticks(3)
+            return qemu
+        kept = self.kept_boots.get(version, spec, lambda: self.start(version, spec))
+        uri = f"exec:cat {kept.stream}"
+        qemu = self.start(version, spec, incoming=uri, said=kept.console)
+        qemu.wait_status("paused")
+        qemu.command("cont")
+        qemu.wait_ticks(1)
         return qemu
 
     def incoming(self, version: str, spec: GuestSpec, uri: str = "defer", **options: Any) -> Qemu:
@@ -147,18 +176,30 @@ def migrate(source: Qemu, uri: str, *, return_path: bool = False) -> None:
 
 
 def goes_on(source: Qemu, destination: Qemu, ticks: int = 6) -> None:
-    """The guest runs where it was stopped: no tick missing or twice, no bad page."""
+    """The guest runs where it was stopped: no tick missing or twice, no bad page.
+
+    It has looked at each page that it filled.
+    """
     destination.wait_status("running")
     destination.wait_ticks(ticks)
-    check_ticks(source.console(), destination.console())
+    filled = destination.spec.fill_mib << 8
+    while True:
+        looked_at = check_ticks(source.console(), destination.console())[-1].checked
+        if looked_at - source.ticks()[-1].checked >= filled:
+            return
+        destination.wait_ticks(1)
 
 
 @pytest.fixture
 def lab(
-    tmp_path: Path, qemus: dict[str, QemuBinary], kernel: Path, initrd: Path
+    tmp_path: Path,
+    qemus: dict[str, QemuBinary],
+    kernel: Path,
+    initrd: Path,
+    kept_boots: KeptBoots,
 ) -> Iterator[Lab]:
     with ExitStack() as stack:
-        yield Lab(tmp_path, stack, qemus, kernel, initrd)
+        yield Lab(tmp_path, stack, qemus, kernel, initrd, kept_boots)
 
 
 @pytest.fixture(scope="module")
@@ -167,9 +208,11 @@ def module_lab(
     qemus: dict[str, QemuBinary],
     kernel: Path,
     initrd: Path,
+    kept_boots: KeptBoots,
 ) -> Iterator[Lab]:
     with ExitStack() as stack:
-        yield Lab(tmp_path_factory.mktemp("module"), stack, qemus, kernel, initrd)
+        folder = tmp_path_factory.mktemp("module")
+        yield Lab(folder, stack, qemus, kernel, initrd, kept_boots)
 
 
 @pytest.fixture

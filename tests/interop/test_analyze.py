@@ -163,7 +163,7 @@ def test_a_file_with_mapped_ram(lab, offset):
 
 def test_a_stream_of_differences(lab):
     spec = lab.spec("pc", "dirty", pattern="delta", fill_mib=32, dirty_kib=65536)
-    source = lab.boot("10.0", spec)
+    source = lab.boot("10.0", spec, fresh=True)
     source.set_capabilities({"xbzrle": True})
     source.set_parameters(
         {"xbzrle-cache-size": 64 << 20, "max-bandwidth": 30 << 20, "downtime-limit": 1}
@@ -189,7 +189,7 @@ def test_a_stream_of_differences(lab):
 
 def test_a_stream_of_compressed_pages(lab):
     spec = lab.spec("pc", pattern="sparse", fill_mib=16)
-    source = lab.boot("7.2", spec)
+    source = lab.boot("7.2", spec, fresh=True)
     source.set_capabilities({"compress": True})
     source.set_parameters({"max-bandwidth": 0, "compress-threads": 2, "compress-level": 1})
     file = lab.path("vm")

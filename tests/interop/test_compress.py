@@ -25,7 +25,7 @@ def captured(module_lab):
     """A guest that 7.2 sent compressed, in a file; and what 7.2 said about it."""
     lab = module_lab
     spec = lab.spec("pc", pattern="sparse")
-    source = lab.boot("7.2", backed(spec, lab.path("ram")))
+    source = lab.boot("7.2", backed(spec, lab.path("ram")), fresh=True)
     source.set_capabilities({"compress": True})
     # with 7.2's own throttle the two threads have something to do all the time
     source.set_parameters({"compress-threads": 2, "compress-level": 1})

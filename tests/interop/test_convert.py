@@ -25,8 +25,8 @@ def started(lab, version, spec, file, kind):
 def kept(lab):
     """Return what makes a source, and the file that it was received into."""
 
-    def make(version, spec, kind="mapped-ram"):
-        source = lab.boot(version, spec)
+    def make(version, spec, kind="mapped-ram", *, fresh=False):
+        source = lab.boot(version, spec, fresh=fresh)
         file = lab.path("vm.mig")
         uri = f"unix:{lab.path('in')}"
         lab.receive(source, file, uri, return_path=True, options=("--format", kind))
@@ -112,7 +112,7 @@ def gdb(core, *commands):
 def test_gdb_reads_the_kernel(lab, kept, version, machine):
     """linux_banner, where the kernel has it mapped, and the same where QEMU itself finds it."""
     spec = lab.spec(machine, extra=("-smp", "2"))
-    _, file = kept(version, spec)
+    _, file = kept(version, spec, fresh=True)
     core = Path(lab.path("core"))
     assert lab.mig("convert", file, str(core), "--format", "elf").finish() == 0
     data = core.read_bytes()
@@ -150,7 +150,7 @@ def test_gdb_reads_the_kernel(lab, kept, version, machine):
 def test_memory_on_both_sides_of_4_gib(lab, kept):
     """A guest of 5 GiB: the hole is where the machine has it."""
     spec = lab.spec("q35", memory_mib=5 << 10)
-    _, file = kept("10.0", spec)
+    _, file = kept("10.0", spec, fresh=True)
     core = Path(lab.path("core"))
     assert lab.mig("convert", file, str(core), "--format", "elf").finish() == 0
     with core.open("rb") as start:

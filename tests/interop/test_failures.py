@@ -28,15 +28,14 @@ def fails(lab, source, command, file):
 
 
 @pytest.mark.parametrize(
-    ("version", "capability"),
+    ("version", "capability", "return_path"),
     [
-        ("7.2", "multifd"),
-        ("10.0", "multifd"),
-        ("7.2", "postcopy-ram"),
-        ("10.0", "postcopy-ram"),
+        ("7.2", "multifd", True),
+        ("10.0", "multifd", False),
+        ("7.2", "postcopy-ram", False),
+        ("10.0", "postcopy-ram", True),
     ],
 )
-@pytest.mark.parametrize("return_path", [True, False], ids=["return-path", "no-return-path"])
 def test_feature_that_is_not_there_is_named(lab, start_migration, version, capability, return_path):
     source = lab.boot(version, lab.spec("pc"))
     source.set_capabilities({capability: True})

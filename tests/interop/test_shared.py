@@ -38,7 +38,7 @@ def test_a_guest_goes_on_with_the_memory_it_had(
     lab, start_migration, assert_goes_on, source_qemu, destination_qemu, machine, return_path
 ):
     spec = shared_spec(lab, machine, lab.path("pc.ram"))
-    source = lab.boot(source_qemu, spec)
+    source = lab.boot(source_qemu, spec, fresh=True)
     source.set_capabilities({CAPABILITY: True})
     file = lab.path("vm.mig")
     command = lab.mig("receive", "tcp:127.0.0.1:0", file, "-c", CAPABILITY, "--json")
@@ -71,7 +71,7 @@ def test_a_guest_goes_on_with_the_memory_it_had(
 @pytest.mark.parametrize("version", VERSIONS)
 def test_a_qemu_reads_the_file_that_mig_wrote(lab, start_migration, assert_goes_on, version):
     spec = shared_spec(lab, "pc", lab.path("pc.ram"))
-    source = lab.boot(version, spec)
+    source = lab.boot(version, spec, fresh=True)
     source.set_capabilities({CAPABILITY: True})
     file = lab.path("vm.mig")
     command = lab.mig("receive", f"unix:{lab.path('out')}", file, "-c", CAPABILITY, "--json")

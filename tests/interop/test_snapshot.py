@@ -82,7 +82,7 @@ def resumes(lab, version, spec, file, last) -> None:
 @pytest.mark.parametrize("version", VERSIONS)
 def test_a_background_snapshot_is_kept_and_runs_again(lab, version):
     spec = lab.spec("pc", "dirty", dirty_kib=16384, fill_mib=48)
-    source = lab.boot(version, spec)
+    source = lab.boot(version, spec, fresh=True)
     file = lab.path("vm.mig")
     command = lab.mig("receive", f"unix:{lab.path('in')}", file, "--json")
     uri = command.wait_listening()
@@ -117,7 +117,7 @@ def test_a_background_snapshot_comes_into_memory(lab, version):
 
 def test_a_background_snapshot_in_a_file_of_qemu_runs_again(lab):
     spec = lab.spec("pc", "dirty", dirty_kib=16384)
-    source = lab.boot("10.0", spec)
+    source = lab.boot("10.0", spec, fresh=True)
     stream = lab.path("stream")
     begin(source, f"file:{stream}")
     completed(source)

@@ -86,7 +86,7 @@ def test_qemu_waits_before_the_switchover(lab, version):
 
 
 def test_qemu_slows_its_guest_down_until_mig_has_it(lab):
-    source = lab.boot("10.0", lab.spec("pc", "dirty", dirty_kib=32768))
+    source = lab.boot("10.0", lab.spec("pc", "dirty", dirty_kib=32768), fresh=True)
     file = lab.path("vm.mig")
     command = lab.mig("receive", f"unix:{lab.path('in')}", file, "--json")
     source.set_capabilities({"return-path": True, "auto-converge": True})

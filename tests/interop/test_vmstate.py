@@ -35,7 +35,7 @@ def version(request) -> str:
 @pytest.fixture(scope="module")
 def stream(module_lab, spec, version) -> Path:
     """A guest that has run, as this QEMU saved it."""
-    source = module_lab.boot(version, spec)
+    source = module_lab.boot(version, spec, fresh=True)
     source.command("stop")
     file = Path(module_lab.path(f"{version}.mig"))
     source.set_parameters({"max-bandwidth": 0})

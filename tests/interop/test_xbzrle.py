@@ -37,7 +37,7 @@ def wait_for(source, name: str, number: int) -> None:
 def test_a_qemu_whose_guest_writes_words(lab, assert_goes_on):
     """Thousands of differences become plain pages of a file, equal byte for byte."""
     spec = lab.spec("pc", "dirty", pattern="delta", fill_mib=32, dirty_kib=65536)
-    source = lab.boot("10.0", backed(spec, lab.path("ram")))
+    source = lab.boot("10.0", backed(spec, lab.path("ram")), fresh=True)
     source.set_capabilities({"xbzrle": True, "return-path": True})
     source.set_parameters(
         {"xbzrle-cache-size": 64 << 20, "max-bandwidth": 30 << 20, "downtime-limit": 1}
