@@ -31,6 +31,13 @@ def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> Iterator[str]:
         yield "| " + " | ".join(row) + " |"
 
 
+def _opening(title: str, text: str) -> Iterator[str]:
+    yield f"## {title}"
+    yield ""
+    yield text
+    yield ""
+
+
 def _time(seconds: float) -> str:
     for unit, scale in (("s", 1.0), ("ms", 1e3), ("µs", 1e6)):
         if seconds * scale >= 1:
@@ -38,8 +45,8 @@ def _time(seconds: float) -> str:
     return f"{seconds * 1e9:.3g} ns"
 
 
-def _is_migration(benchmark: Benchmark) -> bool:
-    return "mib" in benchmark["extra_info"]
+def _having(key: str, benchmarks: list[Benchmark]) -> list[Benchmark]:
+    return [b for b in benchmarks if key in b["extra_info"]]
 
 
 def _peers(benchmark: Benchmark) -> list[str]:
@@ -50,21 +57,15 @@ def _peers(benchmark: Benchmark) -> list[str]:
     ]
 
 
-def _is_live(benchmark: Benchmark) -> bool:
-    return "downtime" in benchmark["extra_info"]
-
-
 def _live(benchmarks: list[Benchmark]) -> Iterator[str]:
-    yield "## Running guests"
-    yield ""
-    yield (
+    yield from _opening(
+        "Running guests",
         "Threads that write a quarter of the memory at a rate, and check what they wrote, moved "
         "between two processes over a unix socket. Downtime is the longest time between two ticks "
         "of the guest around the switchover, its median and the worst of the rounds; the limit is "
         "what the migration was told to aim for. tracked: the kernel notes writes; marked: the "
-        "guest does."
+        "guest does.",
     )
-    yield ""
     head = ["dirtied", "log", "memory", "total time", "throughput", "downtime", "worst", "limit"]
     head += ["downtime / limit", "worst / limit"]
     rows = []
@@ -87,21 +88,15 @@ def _live(benchmarks: list[Benchmark]) -> Iterator[str]:
     yield from _table(head, rows)
 
 
-def _is_snapshot(benchmark: Benchmark) -> bool:
-    return "snapshot" in benchmark["extra_info"]
-
-
 def _snapshots(benchmarks: list[Benchmark]) -> Iterator[str]:
-    yield "## Background snapshots"
-    yield ""
-    yield (
+    yield from _opening(
+        "Background snapshots",
         "A guest of this process whose thread writes random pages of all its memory, saved to a "
         "file in memory (capability background-snapshot). Beside each round it is stopped, saved "
         "to the same file, and resumed: the last column. Written: what it dirties in a second "
         "while it is left alone, and while it is saved; faults: its writes that had to wait for "
-        "the copy of their page."
+        "the copy of their page.",
     )
-    yield ""
     rows = []
     for b in benchmarks:
         info = b["extra_info"]
@@ -126,14 +121,6 @@ def _snapshots(benchmarks: list[Benchmark]) -> Iterator[str]:
     yield from _table(head, rows)
 
 
-def _limits_rate(benchmark: Benchmark) -> bool:
-    return "cap" in benchmark["extra_info"]
-
-
-def _has_legs(benchmark: Benchmark) -> bool:
-    return "legs" in benchmark["extra_info"]
-
-
 def _leg_row(info: dict[str, Any], name: str, leg: str) -> Iterator[str]:
     beside = info["beside"]
     yield f"{info['settings']}, {info['transport']}"
@@ -152,17 +139,15 @@ def _leg_row(info: dict[str, Any], name: str, leg: str) -> Iterator[str]:
 
 
 def _legs(benchmarks: list[Benchmark]) -> Iterator[str]:
-    yield "## Channels and codecs"
-    yield ""
-    yield (
+    yield from _opening(
+        "Channels and codecs",
         "As above, with a number of multifd channels (2 where a codec is named; then memory "
         "compresses by half) or none. `mig to mig` moves mig's own running guest, the others a "
         "QEMU guest; each is beside QEMU to QEMU with the same settings in the same rounds. "
         "GB/s counts the guest's memory, not the bytes that a codec leaves of it. `file` is on "
         "disk, as `mig receive` has it, beside what goes into a file there by itself, written "
-        "around the page cache; `nowhere` reads the same stream and keeps nothing."
+        "around the page cache; `nowhere` reads the same stream and keeps nothing.",
     )
-    yield ""
     head = ["settings", "from, to", "QEMU", "MiB", "with mig", "QEMU alone", "total x"]
     head += ["GB/s, mig", "GB/s, QEMU"]
     head += [f"CPU {end}, {who}" for end in _ENDS for who in ("mig", "QEMU")]
@@ -172,22 +157,16 @@ def _legs(benchmarks: list[Benchmark]) -> Iterator[str]:
     yield from _table(head, rows)
 
 
-def _converges(benchmark: Benchmark) -> bool:
-    return "sets" in benchmark["extra_info"]
-
-
 def _convergence(benchmarks: list[Benchmark]) -> Iterator[str]:
     for b in benchmarks:
         info = b["extra_info"]
-        yield "## Convergence"
-        yield ""
-        yield (
+        yield from _opening(
+            "Convergence",
             f"A guest of {info['memory'] >> 20} MiB that dirties {info['rate'] >> 20} MiB/s, one "
             "word in every 512 bytes of a page, in a quarter of its memory, over a link of "
             f"{info['limit'] * 8 / 1e9:g} Gbit/s (max-bandwidth). After {info['patience']:.0f} s "
-            "any downtime is allowed: such a round has not converged."
+            "any downtime is allowed: such a round has not converged.",
         )
-        yield ""
         rows = []
         plain = next(iter(info["sets"].values()))
         for name, one in info["sets"].items():
@@ -207,16 +186,14 @@ def _convergence(benchmarks: list[Benchmark]) -> Iterator[str]:
 
 
 def _rates(benchmarks: list[Benchmark]) -> Iterator[str]:
-    yield "## Rate limit"
-    yield ""
-    yield (
+    yield from _opening(
+        "Rate limit",
         "What an idle guest's migration puts into unix sockets in each whole second while "
         "max-bandwidth holds it back, as the reader counts it: how far that is from the cap. With "
         "multifd it is the sum over the main connection and all channels. All "
         "seconds begin in a pause between two bursts. A second in which others took the "
-        "processors is short of its bytes. mig is measured in turn with each QEMU."
+        "processors is short of its bytes. mig is measured in turn with each QEMU.",
     )
-    yield ""
     rows = []
     for b in benchmarks:
         info = b["extra_info"]
@@ -235,22 +212,16 @@ def _rates(benchmarks: list[Benchmark]) -> Iterator[str]:
     yield from _table(head, rows)
 
 
-def _ticks(benchmark: Benchmark) -> bool:
-    return "first tick" in benchmark["extra_info"]
-
-
 def _first_ticks(benchmarks: list[Benchmark]) -> Iterator[str]:
     peers = list(dict.fromkeys(peer for b in benchmarks for peer in _peers(b)))
-    yield "## The first tick of a guest that was kept"
-    yield ""
-    yield (
+    yield from _opening(
+        "The first tick of a guest that was kept",
         "A fresh QEMU waits; how long after the connection (with `file:` and mapped-ram after QMP "
         "migrate-incoming, with `mig send` after the start of the command, which also opens the "
         "file) its guest says that it ticks, which it does every "
         f"{_time(benchmarks[0]['extra_info']['tick'])}. The memory does not compress; the files "
-        "are in the page cache. A factor (x) above 1: mig is faster."
+        "are in the page cache. A factor (x) above 1: mig is faster.",
     )
-    yield ""
     rows = []
     for b in benchmarks:
         info = b["extra_info"]
@@ -264,42 +235,30 @@ def _first_ticks(benchmarks: list[Benchmark]) -> Iterator[str]:
     yield from _table(head, rows)
 
 
-def _restores_many(benchmark: Benchmark) -> bool:
-    return "restores" in benchmark["extra_info"]
-
-
 def _many(benchmarks: list[Benchmark]) -> Iterator[str]:
     for b in benchmarks:
         info = b["extra_info"]
-        yield f"## {info['restores']} restores at the same time"
-        yield ""
-        yield (
+        yield from _opening(
+            f"{info['restores']} restores at the same time",
             f"Guests of {info['memory'] >> 20} MiB from one file; medians over the rounds. One "
             "process of mig serves all; each QEMU loads the file for itself. Whole: until all "
-            "guests had all of their memory."
+            "guests had all of their memory.",
         )
-        yield ""
         figures = ("first", "middle", "last", "whole")
         names = ["mig", *_peers(b)]
         rows = [[name, *(_time(info[f"{what} {name}"]) for what in figures)] for name in names]
         yield from _table(["", "first tick: first guest", "middle", "last", "whole"], rows)
 
 
-def _faults(benchmark: Benchmark) -> bool:
-    return "faults" in benchmark["extra_info"]
-
-
 def _latencies(benchmarks: list[Benchmark]) -> Iterator[str]:
-    yield "## Pages that are waited for"
-    yield ""
-    yield (
+    yield from _opening(
+        "Pages that are waited for",
         "How long a touch of a page takes that is not there yet, at random, every 0.5 ms, while "
         "the others come in the background: slow (max-postcopy-bandwidth 4 MiB/s) or full (no "
         "limit). A QEMU guest measures it itself, under the emulator; in mig a thread does, and "
         "`seen` is what mig's fault thread has. A QEMU with a limit on bandwidth sends what was "
-        "asked for at the end of a slice of 100 ms."
+        "asked for at the end of a slice of 100 ms.",
     )
-    yield ""
     rows = []
     for b in benchmarks:
         info = b["extra_info"]
@@ -348,19 +307,19 @@ def _kernel_table(group: str, benchmarks: list[Benchmark]) -> Iterator[str]:
 
 
 def _kernels(benchmarks: list[Benchmark]) -> Iterator[str]:
-    yield "## Kernels"
-    yield ""
-    yield (
+    yield from _opening(
+        "Kernels",
         "Pages of 4 KiB; medians. A column x says how many times as long that peer takes for the "
         "same work in the same run: above 1, mig is faster. GB/s counts the bytes that a kernel "
         "stands for (pages or bitmap words), read or not. `read` is a C loop that ORs all of these "
         "bytes, `memcpy` copies them. `plain C` is what a peer does, a page or a bit at a time, "
         "written for this (benchmarks/peers.c). Columns named after a family are mig's own "
-        "kernels for that instruction set; `mig in C` is the default family's without Python."
+        "kernels for that instruction set; `mig in C` is the default family's without Python.",
     )
     groups = dict.fromkeys(b["group"] or "Others" for b in benchmarks)
-    for group in groups:
-        yield ""
+    for number, group in enumerate(groups):
+        if number:
+            yield ""
         yield from _kernel_table(
             group, [b for b in benchmarks if (b["group"] or "Others") == group]
         )
@@ -405,9 +364,8 @@ def _migration_row(benchmark: Benchmark, peer: str) -> Iterator[str]:
 
 
 def _migrations(benchmarks: list[Benchmark]) -> Iterator[str]:
-    yield "## Migrations"
-    yield ""
-    yield (
+    yield from _opening(
+        "Migrations",
         "Median total-time of the source, mig at one end (`receive`, `send`) or at both, beside "
         "QEMU at both ends in turn with it; both processes on this machine, over a unix socket "
         "with a return path. `idle_guest` is a running guest that does nothing, mig's between two "
@@ -415,9 +373,8 @@ def _migrations(benchmarks: list[Benchmark]) -> Iterator[str]:
         "A factor (x) above 1: mig is faster; throughput counts bytes of stream, which differ "
         "where the guests' zero pages do. CPU: seconds for each GiB, user + system. Others' CPU: "
         "seconds that the machine was busy with neither end while the migration ran (with the "
-        "host's steal); where it is not small the times are disturbed."
+        "host's steal); where it is not small the times are disturbed.",
     )
-    yield ""
     head = ["migration", "QEMU", "MiB", "file on", "with mig", "QEMU alone", "total x"]
     head += ["GB/s, mig", "GB/s, QEMU", "throughput x"]
     head += [f"CPU {end}, {who}" for end in _ENDS for who in ("mig", "QEMU")]
@@ -429,15 +386,15 @@ def report(results: list[dict[str, Any]]) -> Iterator[str]:
     """Yield the lines of the page."""
     machine = results[0]["machine_info"]["mig"]
     benchmarks = [benchmark for result in results for benchmark in result["benchmarks"]]
-    legs = [b for b in benchmarks if _has_legs(b)]
-    migrations = [b for b in benchmarks if _is_migration(b) and b not in legs]
-    convergence = [b for b in benchmarks if _converges(b)]
-    rates = [b for b in benchmarks if _limits_rate(b)]
-    live = [b for b in benchmarks if _is_live(b)]
-    snapshots = [b for b in benchmarks if _is_snapshot(b)]
-    ticks = [b for b in benchmarks if _ticks(b)]
-    many = [b for b in benchmarks if _restores_many(b)]
-    faults = [b for b in benchmarks if _faults(b)]
+    legs = _having("legs", benchmarks)
+    migrations = [b for b in _having("mib", benchmarks) if b not in legs]
+    convergence = _having("sets", benchmarks)
+    rates = _having("cap", benchmarks)
+    live = _having("downtime", benchmarks)
+    snapshots = _having("snapshot", benchmarks)
+    ticks = _having("first tick", benchmarks)
+    many = _having("restores", benchmarks)
+    faults = _having("faults", benchmarks)
     others = migrations + legs + rates + live + convergence + snapshots + ticks + many + faults
     kernels = [b for b in benchmarks if b not in others]
     versions = {peer for b in migrations + rates for peer in _peers(b)}

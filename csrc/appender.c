@@ -4,13 +4,12 @@
  * and the disk. */
 #include <errno.h>
 #include <fcntl.h>
-#include <linux/aio_abi.h>
 #include <string.h>
 #include <sys/mman.h>
-#include <sys/syscall.h>
 #include <sys/types.h>
 #include <unistd.h>
 
+#include "aio.h"
 #include "mig.h"
 
 /* A file system waits for a direct write that makes the file longer: it is made longer ahead. */
@@ -36,10 +35,29 @@ int mig_pwrite_all(int fd, const void *bytes, size_t nbytes, int64_t offset)
     return 0;
 }
 
+int mig_pread_all(int fd, void *bytes, size_t nbytes, int64_t offset)
+{
+    uint8_t *p = bytes;
+
+    while (nbytes) {
+        ssize_t n = pread(fd, p, nbytes, (off_t)offset);
+
+        if (n < 0 && errno == EINTR) {
+            continue;
+        }
+        if (n <= 0) {
+            return n < 0 ? -errno : -EIO;
+        }
+        p += n;
+        nbytes -= (size_t)n;
+        offset += n;
+    }
+    return 0;
+}
+
 int mig_appender_open(struct mig_appender *a, int fd, int direct_fd)
 {
     size_t nbytes = MIG_NCHUNKS * (size_t)MIG_CHUNK;
-    aio_context_t context = 0;
     void *memory = mmap(NULL, nbytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
 
     memset(a, 0, sizeof(*a));
@@ -50,9 +68,7 @@ int mig_appender_open(struct mig_appender *a, int fd, int direct_fd)
     }
     a->chunks = memory;
     /* without AIO direct writes are made one by one */
-    if (direct_fd >= 0 && syscall(SYS_io_setup, MIG_NCHUNKS, &context) == 0) {
-        a->aio = context;
-    }
+    a->aio = direct_fd >= 0 ? mig_aio_open(MIG_NCHUNKS) : 0;
     return 0;
 }
 
@@ -62,18 +78,15 @@ static uint8_t *chunk(const struct mig_appender *a, size_t i)
 }
 
 /* Waits until at least `min` chunks have come back; notes the first error. */
-static int reap(struct mig_appender *a, long min)
+static int reap(struct mig_appender *a, size_t min)
 {
     struct io_event events[MIG_NCHUNKS];
-    long n;
+    int64_t n = mig_aio_reap(a->aio, min, events, MIG_NCHUNKS);
 
-    do {
-        n = syscall(SYS_io_getevents, a->aio, min, (long)MIG_NCHUNKS, events, NULL);
-    } while (n < 0 && errno == EINTR);
     if (n < 0) {
-        return -errno;
+        return (int)n;
     }
-    for (long i = 0; i < n; i++) {
+    for (int64_t i = 0; i < n; i++) {
         a->busy[events[i].data] = false;
         a->nbusy--;
         if (events[i].res != MIG_CHUNK && a->error == 0) {
@@ -95,18 +108,13 @@ static int wait_all(struct mig_appender *a)
 
 static int submit(struct mig_appender *a)
 {
-    struct iocb io = {
-        .aio_data = a->current,
-        .aio_lio_opcode = IOCB_CMD_PWRITE,
-        .aio_fildes = (uint32_t)a->direct_fd,
-        .aio_buf = (uint64_t)(uintptr_t)chunk(a, a->current),
-        .aio_nbytes = MIG_CHUNK,
-        .aio_offset = a->base,
-    };
+    struct iocb io = mig_aio_write(a->direct_fd, chunk(a, a->current), MIG_CHUNK, a->base,
+                                   a->current);
     struct iocb *list[1] = {&io};
+    int64_t rc = mig_aio_submit(a->aio, list, 1);
 
-    if (syscall(SYS_io_submit, a->aio, 1L, list) != 1) {
-        return -errno;
+    if (rc < 0) {
+        return (int)rc;
     }
     a->busy[a->current] = true;
     a->nbusy++;
@@ -193,24 +201,6 @@ int mig_overwrite(struct mig_appender *a, int64_t offset, const void *bytes, siz
     return 0;
 }
 
-static int pread_all(int fd, uint8_t *bytes, size_t nbytes, int64_t offset)
-{
-    while (nbytes) {
-        ssize_t n = pread(fd, bytes, nbytes, (off_t)offset);
-
-        if (n < 0 && errno == EINTR) {
-            continue;
-        }
-        if (n <= 0) {
-            return n < 0 ? -errno : -EIO;
-        }
-        bytes += n;
-        nbytes -= (size_t)n;
-        offset += n;
-    }
-    return 0;
-}
-
 int mig_read_back(struct mig_appender *a, int64_t offset, void *bytes, size_t nbytes)
 {
     uint8_t *p = bytes;
@@ -221,7 +211,7 @@ int mig_read_back(struct mig_appender *a, int64_t offset, void *bytes, size_t nb
 
         written = a->base - offset < (int64_t)nbytes ? (size_t)(a->base - offset) : nbytes;
         if (rc == 0) {
-            rc = pread_all(a->fd, p, written, offset);
+            rc = mig_pread_all(a->fd, p, written, offset);
         }
         if (rc < 0) {
             return rc;
@@ -247,10 +237,7 @@ int mig_appender_finish(struct mig_appender *a)
 
 void mig_appender_close(struct mig_appender *a)
 {
-    if (a->aio) {
-        /* waits for what is in flight: the chunks must not go before */
-        syscall(SYS_io_destroy, a->aio);
-    }
+    mig_aio_close(a->aio);
     if (a->chunks) {
         munmap(a->chunks, MIG_NCHUNKS * (size_t)MIG_CHUNK);
     }

@@ -2,20 +2,18 @@
  * A mapped-ram file while it is written: see mappedlog.h. */
 #include <errno.h>
 #include <fcntl.h>
-#include <linux/aio_abi.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
-#include <sys/syscall.h>
 #include <sys/types.h>
 #include <unistd.h>
 
+#include "aio.h"
 #include "mappedlog.h"
 
 int mig_mappedlog_open(struct mig_mappedlog_writer *w, const struct mig_mappedlog *file)
 {
     size_t page_size = file->page_size, buffer, nbytes;
-    aio_context_t context = 0;
     void *memory;
 
     memset(w, 0, sizeof(*w));
@@ -37,25 +35,24 @@ int mig_mappedlog_open(struct mig_mappedlog_writer *w, const struct mig_mappedlo
         w->buffers[i].page = w->pages + i * w->capacity;
     }
     /* without AIO writes are made one by one */
-    if (file->direct_fd >= 0 &&
-        syscall(SYS_io_setup, MIG_MAPPEDLOG_NBUFFERS * w->capacity, &context) == 0) {
-        w->aio = context;
+    if (file->direct_fd >= 0) {
+        w->aio = mig_aio_open(MIG_MAPPEDLOG_NBUFFERS * w->capacity);
     }
     return 0;
 }
 
 void mig_mappedlog_close(struct mig_mappedlog_writer *w)
 {
-    if (w->aio) {
-        /* waits for what is in flight: the buffers must not go before */
-        syscall(SYS_io_destroy, w->aio);
-    }
+    mig_aio_close(w->aio);
     if (w->bytes) {
         munmap(w->bytes, MIG_MAPPEDLOG_NBUFFERS * w->capacity * w->file->page_size);
     }
     free(w->pages);
     memset(w, 0, sizeof(*w));
 }
+
+/* Writes that go to the kernel, and come back, at a time. */
+enum { BATCH = 64 };
 
 /* ---- writes --------------------------------------------------------------------------------- */
 
@@ -96,16 +93,13 @@ static int check_write(struct mig_mappedlog_writer *w, const struct io_event *ev
 /* Waits for at least one write; notes the first error. */
 static int reap(struct mig_mappedlog_writer *w)
 {
-    struct io_event events[64];
-    long n;
+    struct io_event events[BATCH];
+    int64_t n = mig_aio_reap(w->aio, 1, events, BATCH);
 
-    do {
-        n = syscall(SYS_io_getevents, w->aio, 1L, 64L, events, NULL);
-    } while (n < 0 && errno == EINTR);
     if (n < 0) {
-        return -errno;
+        return (int)n;
     }
-    for (long i = 0; i < n; i++) {
+    for (int64_t i = 0; i < n; i++) {
         int rc = check_write(w, &events[i]);
 
         if (rc < 0 && w->error == 0) {
@@ -150,17 +144,15 @@ static bool is_waiting(const struct mig_mappedlog_writer *w, size_t n)
 static int submit(struct mig_mappedlog_writer *w, struct iocb **list, size_t n)
 {
     while (n) {
-        long done = syscall(SYS_io_submit, w->aio, (long)n, list);
-        int rc = 0;
+        int64_t done = mig_aio_submit(w->aio, list, n);
+        int rc = done < 0 ? (int)done : 0;
 
         if (done > 0) {
             list += done;
             n -= (size_t)done;
-        } else if (done < 0 && errno == EAGAIN) {
-            /* the kernel has as many as it takes; it never takes any when none comes back */
-            rc = is_waiting(w, n) ? reap(w) : -EAGAIN;
-        } else if (done == 0 || errno != EINTR) {
-            rc = done == 0 ? -EIO : -errno;
+        } else if (rc == -EAGAIN && is_waiting(w, n)) {
+            /* where none is to come back the kernel never takes any */
+            rc = reap(w);
         }
         if (rc < 0) {
             /* those that never went do not come back */
@@ -171,8 +163,6 @@ static int submit(struct mig_mappedlog_writer *w, struct iocb **list, size_t n)
     }
     return 0;
 }
-
-enum { BATCH = 64 };
 
 static int write_behind(struct mig_mappedlog_writer *w, struct mig_mappedlog_buffer *b)
 {
@@ -186,14 +176,9 @@ static int write_behind(struct mig_mappedlog_writer *w, struct mig_mappedlog_buf
         for (; n < BATCH && i < b->npages; n++) {
             size_t npages = run_at(b, i);
 
-            io[n] = (struct iocb){
-                .aio_data = tag(w->current, i, npages),
-                .aio_lio_opcode = IOCB_CMD_PWRITE,
-                .aio_fildes = (uint32_t)w->file->direct_fd,
-                .aio_buf = (uint64_t)(uintptr_t)(b->bytes + i * page_size),
-                .aio_nbytes = npages * page_size,
-                .aio_offset = b->block->offset + (int64_t)(b->page[i] * page_size),
-            };
+            io[n] = mig_aio_write(w->file->direct_fd, b->bytes + i * page_size, npages * page_size,
+                                  b->block->offset + (int64_t)(b->page[i] * page_size),
+                                  tag(w->current, i, npages));
             list[n] = &io[n];
             i += npages;
         }
@@ -376,7 +361,7 @@ static int put_page(struct mig_mappedlog_writer *w, const struct mig_mappedlog_b
 static int read_back(struct mig_mappedlog_writer *w, const struct mig_mappedlog_block *block,
                      uint64_t page, uint8_t *bytes)
 {
-    size_t page_size = w->file->page_size, got = 0;
+    size_t page_size = w->file->page_size;
     int64_t at = block->offset + (int64_t)(page * page_size);
     int rc = 0;
 
@@ -387,16 +372,7 @@ static int read_back(struct mig_mappedlog_writer *w, const struct mig_mappedlog_
     if (is_under_way(w, block, page)) {
         rc = mig_mappedlog_flush(w);
     }
-    while (rc == 0 && got < page_size) {
-        ssize_t n = pread(w->file->fd, bytes + got, page_size - got, (off_t)(at + (int64_t)got));
-
-        if (n > 0) {
-            got += (size_t)n;
-        } else if (n == 0 || errno != EINTR) {
-            rc = n == 0 ? -EIO : -errno;
-        }
-    }
-    return rc;
+    return rc < 0 ? rc : mig_pread_all(w->file->fd, bytes, page_size, at);
 }
 
 static int put_record(struct mig_mappedlog_writer *w, const struct mig_ram_parser *p,

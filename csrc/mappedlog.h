@@ -37,7 +37,7 @@ struct mig_mappedlog_buffer {
 
 struct mig_mappedlog_writer {
     const struct mig_mappedlog *file;
-    uint64_t aio; /* context of kernel AIO, 0: none */
+    uint64_t aio; /* 0: none */
     uint8_t *bytes;
     uint64_t *pages;
     size_t capacity; /* of a buffer, in pages */

@@ -378,13 +378,13 @@ enum { MIG_CHUNK = 1 << 20, MIG_NCHUNKS = 8 };
 struct mig_appender {
     int fd;
     int direct_fd;  /* the same file with O_DIRECT, -1: write through the page cache */
-    uint64_t aio;   /* context of kernel AIO, 0: none */
+    uint64_t aio;   /* 0: none */
     uint8_t *chunks;
     size_t current; /* the chunk that is being filled */
     int64_t base;   /* its file offset */
     size_t used;    /* bytes in it */
     bool busy[MIG_NCHUNKS];
-    long nbusy;
+    size_t nbusy;
     int64_t grown;  /* length that the file was given ahead */
     int error;      /* of a chunk that came back */
 };
@@ -409,6 +409,8 @@ int mig_read_back(struct mig_appender *a, int64_t offset, void *bytes, size_t nb
 void mig_overwrite_soon(const struct mig_appender *a, int64_t offset, size_t nbytes);
 /* pwrite until done; 0 or -errno. */
 int mig_pwrite_all(int fd, const void *bytes, size_t nbytes, int64_t offset);
+/* pread until done; 0 or -errno, -EIO where the file ends. */
+int mig_pread_all(int fd, void *bytes, size_t nbytes, int64_t offset);
 
 /* ---- page log (pagelog.c): a stream file whose pages are rewritten in place ------------------ */
 

@@ -3,10 +3,10 @@
 #include "pool.h"
 
 #include <pthread.h>
-#include <signal.h>
 #include <stdlib.h>
 
 #include "mig.h"
+#include "thread.h"
 
 struct worker {
     struct mig_pool *pool;
@@ -51,21 +51,16 @@ static void *work(void *argument)
 
 static int open_threads(struct mig_pool *pool, unsigned nthreads)
 {
-    sigset_t all, before;
     int rc = 0;
 
-    /* signals are for the threads of the program */
-    sigfillset(&all);
-    pthread_sigmask(SIG_SETMASK, &all, &before);
     for (; pool->nthreads < nthreads && rc == 0; pool->nthreads += rc == 0) {
         struct worker *worker = &pool->workers[pool->nthreads];
 
         worker->pool = pool;
         worker->number = pool->nthreads;
-        rc = pthread_create(&worker->thread, NULL, work, worker);
+        rc = mig_thread_start(&worker->thread, work, worker, "mig-pool");
     }
-    pthread_sigmask(SIG_SETMASK, &before, NULL);
-    return -rc;
+    return rc;
 }
 
 int mig_pool_open(struct mig_pool **opened, unsigned nthreads)

@@ -5,14 +5,14 @@
 
 #include <errno.h>
 #include <linux/userfaultfd.h>
-#include <poll.h>
-#include <sched.h>
-#include <signal.h>
 #include <string.h>
 #include <sys/eventfd.h>
 #include <sys/mman.h>
 #include <time.h>
 #include <unistd.h>
+
+#include "protect.h"
+#include "thread.h"
 
 enum {
     MAX_MESSAGES = 64,
@@ -158,40 +158,25 @@ static void serve(struct mig_snapshot *s, const struct uffd_msg *msg)
 static void *serve_all(void *argument)
 {
     struct mig_snapshot *s = argument;
-    struct pollfd fds[2] = {{.fd = s->uffd, .events = POLLIN}, {.fd = s->stop_fd, .events = POLLIN}};
     struct uffd_msg messages[MAX_MESSAGES];
 
-    for (;;) {
-        ssize_t got;
-
-        poll(fds, 2, -1);
-        if (fds[1].revents) {
-            return NULL;
-        }
+    while (mig_protect_await(s->uffd, s->stop_fd)) {
         /* a page of a message may be copied by now; lifting its protection again does no harm */
-        got = read(s->uffd, messages, sizeof(messages));
+        ssize_t got = read(s->uffd, messages, sizeof(messages));
+
         for (size_t i = 0; got > 0 && i < (size_t)got / sizeof(*messages); i++) {
             serve(s, messages + i);
         }
     }
+    return NULL;
 }
 
 int mig_snapshot_start(struct mig_snapshot *s)
 {
-    sigset_t all, before;
-    int rc;
+    int rc = mig_thread_start(&s->thread, serve_all, s, "mig-snapshot");
 
-    /* the program's signals are for its own threads */
-    sigfillset(&all);
-    pthread_sigmask(SIG_SETMASK, &all, &before);
-    rc = pthread_create(&s->thread, NULL, serve_all, s);
-    pthread_sigmask(SIG_SETMASK, &before, NULL);
-    if (rc) {
-        return -rc;
-    }
-    s->has_thread = true;
-    pthread_setname_np(s->thread, "mig-snapshot");
-    return 0;
+    s->has_thread = rc == 0;
+    return rc;
 }
 
 void mig_snapshot_stop(struct mig_snapshot *s)

@@ -4,7 +4,6 @@
 
 #include <errno.h>
 #include <linux/userfaultfd.h>
-#include <sched.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/eventfd.h>
@@ -12,6 +11,7 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include "protect.h"
 #include "track.h"
 
 /* of Linux 6.4; the headers of a distribution are older than the kernel it may run on */
@@ -220,21 +220,10 @@ int mig_snapshot_protect(struct mig_snapshot *s)
 
 int mig_snapshot_change(const struct mig_snapshot *s, const uint8_t *at, uint64_t nbytes, bool on)
 {
-    struct uffdio_writeprotect arg = {
-        .range = {.start = (uintptr_t)at, .len = nbytes},
-        .mode = on ? UFFDIO_WRITEPROTECT_MODE_WP : 0,
-    };
+    int rc = mig_protect(s->uffd, at, nbytes, on);
 
-    while (ioctl(s->uffd, UFFDIO_WRITEPROTECT, &arg) < 0) {
-        if (!on && (errno == ENOENT || errno == ESRCH)) {
-            return 0; /* it was let go */
-        }
-        if (errno != EAGAIN) {
-            return -errno;
-        }
-        sched_yield();
-    }
-    return 0;
+    /* what was let go is not protected */
+    return !on && (rc == -ENOENT || rc == -ESRCH) ? 0 : rc;
 }
 
 /* ---- from beginning to end ------------------------------------------------------------------- */

@@ -3,13 +3,13 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <linux/userfaultfd.h>
-#include <sched.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/ioctl.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
+#include "protect.h"
 #include "track.h"
 
 /* of Linux 6.4 and 6.7; the headers of a distribution are older than the kernel it may run on */
@@ -139,21 +139,9 @@ void mig_track_unregister(struct mig_track *t)
 
 int mig_track_protect(const struct mig_track *t, const uint8_t *at, uint64_t nbytes, bool on)
 {
-    struct uffdio_writeprotect arg = {
-        .range = {.start = (uintptr_t)at, .len = nbytes},
-        .mode = on ? UFFDIO_WRITEPROTECT_MODE_WP : 0,
-    };
+    int rc = mig_protect(t->uffd, at, nbytes, on);
 
-    while (ioctl(t->uffd, UFFDIO_WRITEPROTECT, &arg) < 0) {
-        if (errno == ENOENT || errno == ESRCH) {
-            return 0;
-        }
-        if (errno != EAGAIN) {
-            return -errno;
-        }
-        sched_yield();
-    }
-    return 0;
+    return rc == -ENOENT || rc == -ESRCH ? 0 : rc;
 }
 
 static int make_bits(struct mig_track *t)

@@ -3,12 +3,12 @@
 #include <errno.h>
 #include <linux/userfaultfd.h>
 #include <poll.h>
-#include <signal.h>
 #include <sys/eventfd.h>
 #include <time.h>
 #include <unistd.h>
 
 #include "endian.h"
+#include "thread.h"
 #include "uffd.h"
 
 enum {
@@ -268,19 +268,10 @@ static void *serve_all(void *argument)
 
 int mig_uffd_start(struct mig_uffd *u)
 {
-    sigset_t all, before;
-    int rc;
+    int rc = mig_thread_start(&u->thread, serve_all, u, "mig-faults");
 
-    /* the program's signals are for its own threads */
-    sigfillset(&all);
-    pthread_sigmask(SIG_SETMASK, &all, &before);
-    rc = pthread_create(&u->thread, NULL, serve_all, u);
-    pthread_sigmask(SIG_SETMASK, &before, NULL);
     u->has_thread = rc == 0;
-    if (rc == 0) {
-        pthread_setname_np(u->thread, "mig-faults");
-    }
-    return -rc;
+    return rc;
 }
 
 int mig_uffd_ask_again(struct mig_uffd *u, const struct mig_kernels *k)

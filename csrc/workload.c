@@ -3,13 +3,13 @@
  * takes the lock finds the worker's pages, entries and state as they are between two writes. */
 #include <errno.h>
 #include <pthread.h>
-#include <signal.h>
 #include <stdlib.h>
 #include <string.h>
 #include <time.h>
 
 #include "contents.h"
 #include "endian.h"
+#include "thread.h"
 #include "workload.h"
 
 #define NS_PER_S UINT64_C(1000000000)
@@ -484,7 +484,6 @@ void mig_workload_verify(struct mig_workload *w, struct mig_verdict *verdict)
 static int start_worker(struct worker *k)
 {
     pthread_condattr_t attributes;
-    sigset_t all, before;
     int rc;
 
     k->stopped = true;
@@ -493,18 +492,12 @@ static int start_worker(struct worker *k)
     pthread_condattr_setclock(&attributes, CLOCK_MONOTONIC);
     pthread_cond_init(&k->wake, &attributes);
     pthread_condattr_destroy(&attributes);
-    /* signals are for the threads of the program that has this guest */
-    sigfillset(&all);
-    pthread_sigmask(SIG_SETMASK, &all, &before);
-    rc = pthread_create(&k->thread, NULL, worker_main, k);
-    pthread_sigmask(SIG_SETMASK, &before, NULL);
-    if (rc != 0) {
+    rc = mig_thread_start(&k->thread, worker_main, k, "mig-guest");
+    if (rc < 0) {
         pthread_cond_destroy(&k->wake);
         pthread_mutex_destroy(&k->lock);
-        return -rc;
     }
-    pthread_setname_np(k->thread, "mig-guest");
-    return 0;
+    return rc;
 }
 
 static void end_worker(struct worker *k)

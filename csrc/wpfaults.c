@@ -6,13 +6,13 @@
  * page that is neither dirty nor protected. */
 #include <errno.h>
 #include <linux/userfaultfd.h>
-#include <poll.h>
 #include <sched.h>
-#include <signal.h>
 #include <sys/eventfd.h>
 #include <sys/ioctl.h>
 #include <unistd.h>
 
+#include "protect.h"
+#include "thread.h"
 #include "track.h"
 
 enum {
@@ -114,16 +114,11 @@ static void serve(struct mig_track *t, const struct uffd_msg *msg)
 static void *serve_all(void *argument)
 {
     struct mig_track *t = argument;
-    struct pollfd fds[2] = {{.fd = t->uffd, .events = POLLIN}, {.fd = t->stop_fd, .events = POLLIN}};
     struct uffd_msg messages[MAX_MESSAGES];
 
-    for (;;) {
+    while (mig_protect_await(t->uffd, t->stop_fd)) {
         ssize_t got;
 
-        poll(fds, 2, -1);
-        if (fds[1].revents) {
-            return NULL;
-        }
         /* A message that is read stays, also when its writer was woken with another's: without a
          * sync in between it says nothing new, and one that nobody has read goes with its writer.
          * So no page is dirty again that nobody wrote again. */
@@ -134,29 +129,22 @@ static void *serve_all(void *argument)
         }
         pthread_mutex_unlock(&t->lock);
     }
+    return NULL;
 }
 
 static int start_thread(struct mig_track *t)
 {
-    sigset_t all, before;
-    int rc;
+    int rc = pthread_mutex_init(&t->lock, NULL);
 
-    rc = pthread_mutex_init(&t->lock, NULL);
     if (rc) {
         return -rc;
     }
-    /* the program's signals are for its own threads */
-    sigfillset(&all);
-    pthread_sigmask(SIG_SETMASK, &all, &before);
-    rc = pthread_create(&t->thread, NULL, serve_all, t);
-    pthread_sigmask(SIG_SETMASK, &before, NULL);
-    if (rc) {
+    rc = mig_thread_start(&t->thread, serve_all, t, "mig-dirty");
+    if (rc < 0) {
         pthread_mutex_destroy(&t->lock);
-        return -rc;
     }
-    t->has_thread = true;
-    pthread_setname_np(t->thread, "mig-dirty");
-    return 0;
+    t->has_thread = rc == 0;
+    return rc;
 }
 
 int mig_wpfaults_start(struct mig_track *t)

@@ -19,8 +19,8 @@ A guest of your own is a `MemoryGuest`, or any object that satisfies `SourceGues
 The kernels stand on their own, too: `Bitmap`, `zero_pages`, `xbzrle` and `XbzrleCache`.
 """
 
-from importlib.metadata import PackageNotFoundError as _PackageNotFoundError
-from importlib.metadata import version as _version
+from importlib import import_module as _import_module
+from typing import TYPE_CHECKING
 
 try:
     from mig._core import Bitmap, XbzrleCache
@@ -34,8 +34,6 @@ except ModuleNotFoundError as _error:
     ) from None
 
 from mig import errors, xbzrle
-from mig.analysis import Analysis, analyze
-from mig.conversion import convert
 from mig.dirty import DirtyLog, SharedDirtyLog, WriteTracker
 from mig.engine import (
     AfterPasses,
@@ -66,10 +64,13 @@ from mig.savevm.registry import DeviceRegistry
 from mig.state import Status
 from mig.zero import is_zero, zero_pages
 
-try:
-    __version__ = _version("mig-engine")
-except _PackageNotFoundError:
-    __version__ = "0+unknown"
+if TYPE_CHECKING:
+    # by the names of their modules: from the packages a type checker takes these for the modules
+    from mig.analysis import Analysis
+    from mig.analysis.analyze import analyze
+    from mig.conversion.convert import convert
+
+    __version__: str
 
 __all__ = [
     "AfterPasses",
@@ -115,3 +116,27 @@ __all__ = [
     "xbzrle",
     "zero_pages",
 ]
+
+# What a migration has no use for is loaded when it is asked for.
+_LATER = {
+    "Analysis": "mig.analysis",
+    "analyze": "mig.analysis",
+    "convert": "mig.conversion",
+    "__version__": "mig.version",
+}
+_PACKAGES = ("analysis", "conversion")
+
+# a type checker that saw it would take any name for one of mig's
+if not TYPE_CHECKING:
+
+    def __getattr__(name: str) -> object:
+        if name in _PACKAGES:
+            return _import_module(f"mig.{name}")
+        if name not in _LATER:
+            raise AttributeError(f"module 'mig' has no attribute '{name}'")
+        value = globals()[name] = getattr(_import_module(_LATER[name]), name)
+        return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, *_PACKAGES})

@@ -21,7 +21,7 @@ from cpython.buffer cimport (
     PyBUF_CONTIG, PyBUF_CONTIG_RO, PyBUF_FORMAT, PyBUF_ND, PyBUF_STRIDES, PyBuffer_Release,
     PyObject_GetBuffer,
 )
-from libc.errno cimport errno
+from libc.errno cimport EINVAL, errno
 from libc.stdint cimport (
     INT64_MAX, SIZE_MAX, UINT64_MAX, int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t,
 )

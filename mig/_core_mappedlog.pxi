@@ -23,7 +23,7 @@ cdef extern from "mappedlog.h" nogil:
 
 @cython.final
 @cython.no_gc  # so that the bitmaps are there in __dealloc__
-cdef class MappedLog:
+cdef class MappedLog(_BurstLog):
     """The pages of a mapped-ram file while it is written, each in its place (csrc/mappedlog.c).
 
     fd:        the file, of its full length already; stays the caller's
@@ -34,18 +34,14 @@ cdef class MappedLog:
     cdef mig_mappedlog c
     cdef mig_mappedlog_writer writer
     cdef mig_mappedlog_block *blocks
-    cdef RamParser parser
-    cdef pthread_mutex_t lock  # held while the writer is used: two connections may bring pages
     #: by block, the pages that have contents; all others are zero
     cdef readonly tuple present
     cdef tuple written
 
     def __cinit__(self, int fd, RamParser parser not None, offsets, *, int direct_fd=-1):
         cdef size_t i
-        pthread_mutex_init(&self.lock, NULL)
         if len(offsets) != parser.c.nblocks:
             raise ValueError(f"{len(offsets)} offsets for {parser.c.nblocks} blocks")
-        self.parser = parser
         npages = [parser.table[i].npages for i in range(parser.c.nblocks)]
         self.present = tuple(Bitmap(n) for n in npages)
         self.written = tuple(Bitmap(n) for n in npages)
@@ -66,37 +62,10 @@ cdef class MappedLog:
 
     def __dealloc__(self):
         mig_mappedlog_close(&self.writer)
-        pthread_mutex_destroy(&self.lock)
         free(self.blocks)
 
-    def put(self, data, size_t start, RamParser parser=None):
-        """Writes the last burst of the parser; data and start are those it parsed.
-
-        parser: another one of the same blocks, whose pages come on a connection of their own
-        """
-        cdef RamParser source = self.parser if parser is None else parser
-        cdef mig_ram_parser *p = &source.c
-        cdef Py_buffer view
-        cdef int rc
-        if (p.nblocks != self.parser.c.nblocks or p.page_size != self.c.page_size
-                or (p.npages and p.blocks[p.current].npages
-                    > self.parser.c.blocks[p.current].npages)):
-            raise ValueError("a parser of other blocks")
-        if p.npages == 0:
-            return
-        PyObject_GetBuffer(data, &view, PyBUF_CONTIG_RO)
-        try:
-            source.check_last(&view, start)
-            source.open_inflating()
-            with nogil:
-                rc = mig_decompress(source.inflating, p, <const uint8_t *>view.buf + start)
-                if rc == 0:
-                    pthread_mutex_lock(&self.lock)
-                    rc = mig_mappedlog_put(&self.writer, p, <const uint8_t *>view.buf + start)
-                    pthread_mutex_unlock(&self.lock)
-            source.check_record(rc)
-        finally:
-            PyBuffer_Release(&view)
+    cdef int put_burst(self, mig_ram_parser *p, const uint8_t *buf) noexcept nogil:
+        return mig_mappedlog_put(&self.writer, p, buf)
 
     def flush(self):
         """All that was put stands in the file when this returns; channels flush for themselves."""

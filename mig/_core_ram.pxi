@@ -218,26 +218,69 @@ cdef class RamParser:
         self.check_record(mig_ram_index(&self.c, &where[0], offset))
 
 
+@cython.no_gc  # so that parser is there in __dealloc__
+cdef class _BurstLog:
+    """A file that takes the pages of bursts, from the connections of one guest."""
+    cdef RamParser parser
+    cdef pthread_mutex_t lock  # held while the file is used: two connections may bring pages
+
+    def __cinit__(self, int fd, RamParser parser not None, *args, **kwargs):
+        pthread_mutex_init(&self.lock, NULL)
+        self.parser = parser
+
+    def __dealloc__(self):
+        pthread_mutex_destroy(&self.lock)
+
+    cdef int put_burst(self, mig_ram_parser *p, const uint8_t *buf) noexcept nogil:
+        """Puts a burst, inflated, into the file, in order."""
+        return -EINVAL
+
+    def put(self, data, size_t start, RamParser parser=None):
+        """Writes the last burst of the parser; data and start are those it parsed.
+
+        parser: another one of the same blocks, whose pages come on a connection of their own
+        """
+        cdef RamParser source = self.parser if parser is None else parser
+        cdef mig_ram_parser *p = &source.c
+        cdef Py_buffer view
+        cdef int rc
+        if (p.nblocks != self.parser.c.nblocks or p.page_size != self.parser.c.page_size
+                or (p.npages and p.blocks[p.current].npages
+                    > self.parser.c.blocks[p.current].npages)):
+            raise ValueError("a parser of other blocks")
+        if p.npages == 0:
+            return
+        PyObject_GetBuffer(data, &view, PyBUF_CONTIG_RO)
+        try:
+            source.check_last(&view, start)
+            source.open_inflating()
+            with nogil:
+                rc = mig_decompress(source.inflating, p, <const uint8_t *>view.buf + start)
+                if rc == 0:
+                    pthread_mutex_lock(&self.lock)
+                    rc = self.put_burst(p, <const uint8_t *>view.buf + start)
+                    pthread_mutex_unlock(&self.lock)
+            source.check_record(rc)
+        finally:
+            PyBuffer_Release(&view)
+
+
 @cython.final
 @cython.no_gc  # so that parser is there in __dealloc__
-cdef class PageLog:
+cdef class PageLog(_BurstLog):
     """A stream file while it is written: each page has one record, rewritten in place
     (csrc/pagelog.c). Shares the block table of ``parser``.
 
     direct_fd: the same file opened with O_DIRECT, -1 to write through the page cache
     """
     cdef mig_pagelog c
-    cdef RamParser parser
     cdef int64_t **where
     cdef uint8_t *zeros
-    cdef pthread_mutex_t lock  # held while pages are put: channels of multifd do so, too
     cdef uint8_t *scratch
 
     def __cinit__(self, int fd, RamParser parser not None, *, int direct_fd=-1):
         cdef size_t i
         cdef uint64_t npages
-        pthread_mutex_init(&self.lock, NULL)
-        self.parser = parser
         self.c.current = -1
         self.c.page_size = parser.c.page_size
         self.zeros = <uint8_t *>calloc(1, parser.c.page_size)
@@ -257,7 +300,6 @@ cdef class PageLog:
 
     def __dealloc__(self):
         cdef size_t i
-        pthread_mutex_destroy(&self.lock)
         mig_appender_close(&self.c.file)
         if self.where != NULL:
             for i in range(self.parser.c.nblocks):
@@ -276,35 +318,8 @@ cdef class PageLog:
         if data.shape[0]:
             check(mig_append(&self.c.file, &data[0], <size_t>data.shape[0]))
 
-    def put(self, data, size_t start, RamParser parser=None):
-        """Writes the last burst of the parser; data and start are those it parsed.
-
-        parser: another one of the same blocks, whose pages come on a connection of their own
-        """
-        cdef RamParser source = self.parser if parser is None else parser
-        cdef mig_ram_parser *p = &source.c
-        cdef Py_buffer view
-        cdef int rc
-        if (p.nblocks != self.parser.c.nblocks or p.page_size != self.c.page_size
-                or (p.npages and p.blocks[p.current].npages
-                    > self.parser.c.blocks[p.current].npages)):
-            raise ValueError("a parser of other blocks")
-        if p.npages == 0:
-            return
-        PyObject_GetBuffer(data, &view, PyBUF_CONTIG_RO)
-        try:
-            source.check_last(&view, start)
-            source.open_inflating()
-            with nogil:
-                rc = mig_decompress(source.inflating, p, <const uint8_t *>view.buf + start)
-                if rc == 0:
-                    pthread_mutex_lock(&self.lock)
-                    rc = mig_pagelog_put(&self.c, p, self.where[p.current],
-                                         <const uint8_t *>view.buf + start)
-                    pthread_mutex_unlock(&self.lock)
-            source.check_record(rc)
-        finally:
-            PyBuffer_Release(&view)
+    cdef int put_burst(self, mig_ram_parser *p, const uint8_t *buf) noexcept nogil:
+        return mig_pagelog_put(&self.c, p, self.where[p.current], buf)
 
     def put_zeros(self):
         """Appends the ZERO records of all pages that were sent and have no contents."""

@@ -5,18 +5,16 @@ from __future__ import annotations
 import mmap
 import os
 from pathlib import Path
-from typing import BinaryIO, Final
+from typing import BinaryIO
 
 from mig.analysis.report import Analysis, Finding, Severity
 from mig.analysis.walk import StreamWalk
 from mig.errors import ChannelError, StreamError
-from mig.image.libvirt import HEADER_SIZE, MAX_DATA, SaveFormat, is_libvirt_save, parse_save
-from mig.image.open import split_name
-from mig.image.unpack import UnpackingSource, packing_of
+from mig.image.found import FoundStream, split_name
+from mig.image.libvirt import SaveFormat
+from mig.image.unpack import UnpackingSource
 from mig.mapped import MappedFile
 from mig.stream.reader import StreamReader
-
-_SNIFFED: Final = 16
 
 
 def analyze(name: str | os.PathLike[str]) -> Analysis:
@@ -47,17 +45,11 @@ def analyze(name: str | os.PathLike[str]) -> Analysis:
 
 
 def _analyze_file(file: BinaryIO, analysis: Analysis) -> None:
-    """Go by what the file starts with, through libvirt's header and a packing."""
-    file.seek(analysis.start)
-    start = file.read(_SNIFFED)
-    if is_libvirt_save(start):
-        file.seek(analysis.start)
-        analysis.libvirt = save = parse_save(file.read(HEADER_SIZE + MAX_DATA))
-        analysis.start += save.stream_offset
-        file.seek(analysis.start)
-        start = file.read(_SNIFFED)
-        _compare_format(analysis, save.format, packing_of(start))
-    analysis.packing = packing_of(start)
+    """Go through libvirt's header and a packing, where they are."""
+    found = FoundStream.in_file(analysis.file, file.fileno(), analysis.start)
+    analysis.libvirt, analysis.start, analysis.packing = found.save, found.offset, found.packing
+    if found.save is not None:
+        _compare_format(analysis, found.save.format, found.packing)
     if analysis.packing is None:
         _analyze_mapped(file, analysis)
         return

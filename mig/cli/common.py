@@ -14,15 +14,6 @@ from types import FrameType
 from typing import Any, ParamSpec, TypeVar
 
 import click
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TransferSpeedColumn,
-)
 
 from mig.engine import OutgoingMigration
 from mig.engine.migration import Migration
@@ -151,7 +142,10 @@ def follow_all(migrations: Sequence[Migration]) -> None:
     """Wait for the end of all, whatever it is, with progress bars on a terminal."""
     with cancelled_by_signals(*migrations):
         if sys.stderr.isatty():
-            _show_progress(migrations)
+            # it takes as long to load as all of mig
+            from mig.cli.progress import show_progress
+
+            show_progress(migrations, _wait_for_all)
         else:
             # in slices only so that Python runs the signal handlers
             _wait_for_all(migrations, 1.0)
@@ -186,32 +180,6 @@ def _look_at_breaks(migration: Migration) -> None:
     if isinstance(migration, OutgoingMigration) and migration.waits_for_owner:
         with contextlib.suppress(StateError):
             migration.abandon()
-
-
-def _show_progress(migrations: Sequence[Migration]) -> None:
-    columns = (
-        TextColumn("{task.description:<9}"),
-        BarColumn(),
-        DownloadColumn(binary_units=True),
-        TransferSpeedColumn(),
-        TimeElapsedColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        tasks = [progress.add_task(migration.status, total=None) for migration in migrations]
-
-        def show(migration: Migration) -> None:
-            info = migration.query()
-            ram = info.ram
-            moved = (ram.normal + ram.duplicate) * ram.page_size
-            # pages that are sent again come on top of the total
-            progress.update(
-                tasks[migrations.index(migration)],
-                description=str(info.status),
-                completed=moved,
-                total=max(ram.total, moved + (ram.remaining or 0)) if ram.total else None,
-            )
-
-        _wait_for_all(migrations, 0.1, show)
 
 
 def info_as_dict(info: MigrationInfo) -> dict[str, Any]:

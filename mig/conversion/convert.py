@@ -20,8 +20,8 @@ from mig.engine import IncomingMigration, OutgoingMigration
 from mig.errors import ChannelError, MismatchError, OptionError, UnsupportedError
 from mig.image import Image, MappedCapture, StreamCapture, open_image
 from mig.image.capture import Capture
+from mig.image.found import FoundStream, find_stream
 from mig.image.newfile import NewFile
-from mig.image.open import FoundStream, find_stream
 from mig.image.unpack import UnpackingSource
 from mig.options import Capability
 from mig.records import Command

@@ -20,33 +20,24 @@ from mig.engine.outcheck import check_outgoing, reasons_of, uses_return_path
 from mig.engine.outlanes import open_lanes
 from mig.engine.outstats import SentBytes, source_stats
 from mig.engine.postcopysource import PostcopySource
+from mig.engine.preamble import preamble
 from mig.engine.precopy import Precopy
 from mig.engine.rate import RateLimit
 from mig.engine.recovery import RecoveryPolicy
 from mig.engine.snapshot import SnapshotPhase
 from mig.engine.unplug import Unplugging
-from mig.errors import (
-    BlockedError,
-    ChannelError,
-)
+from mig.errors import BlockedError, ChannelError
 from mig.events import Event, PassStarted
-from mig.guest import EarlyGuest, SourceGuest, UnpluggingGuest
-from mig.options import (
-    AGREED,
-    OUTGOING_CAPABILITIES,
-    Capability,
-    MigMode,
-    Options,
-)
-from mig.postcopy.source import advise
+from mig.guest import SourceGuest, UnpluggingGuest
+from mig.options import OUTGOING_CAPABILITIES, Capability, MigMode, Options
 from mig.ram.encode import PageEncoder
 from mig.ram.save import RamSaver
 from mig.ram.search import PageSearch, SourceBlock
-from mig.records import Command, FileHeader
+from mig.records import Command
 from mig.state import OUTGOING, Input, Status, Table
 from mig.stats import MigrationInfo, RamStats
 from mig.stream.writer import StreamWriter
-from mig.wire import PING_SETUP, CommandType
+from mig.wire import CommandType
 
 
 class OutgoingMigration(PostcopySource):
@@ -200,7 +191,7 @@ class OutgoingMigration(PostcopySource):
         writer = self._writer = StreamWriter(channel)
         self._notify(Moment.SETUP)
         search, encoding = self._prepare_search()
-        self._send_start(channel, writer)
+        self._send_start(channel, writer, search)
         if Capability.BACKGROUND_SNAPSHOT in self.capabilities:
             self._save_snapshot(channel, writer, search, encoding)
             self._confirm(channel)
@@ -353,23 +344,11 @@ class OutgoingMigration(PostcopySource):
         if self._log is not None:
             self._log.start()
 
-    def _send_start(self, channel: Channel, writer: StreamWriter) -> None:
-        """Everything before RAM."""
-        writer.put(FileHeader().encode())
-        configuration = self._guest.configuration
-        if configuration is not None:
-            if Capability.VALIDATE_UUID not in self.capabilities:
-                configuration = replace(configuration, uuid=None)
-            agreed = tuple(str(name) for name in AGREED if name in self.capabilities)
-            writer.put(replace(configuration, capabilities=agreed or None).encode())
+    def _send_start(self, channel: Channel, writer: StreamWriter, search: PageSearch) -> None:
         if uses_return_path(self.capabilities):
             self._open_return_path(channel)
-            writer.put(Command(CommandType.OPEN_RETURN_PATH).encode())
-            writer.put(Command.ping(PING_SETUP).encode())
-        if Capability.POSTCOPY_RAM in self.capabilities and self._search is not None:
-            writer.put(advise(self._search))
-        if isinstance(self._guest, EarlyGuest):
-            writer.put(self._guest.save_early_devices())
+        for data in preamble(self._guest, self.capabilities, search):
+            writer.put(data)
         # a destination looks at this before it looks at channels that connect
         writer.flush()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,12 @@ def block() -> Iterator[Callable[..., Block]]:
     """Makes blocks for snapshots, and ends them and their writers."""
     with closed_blocks() as make:
         yield make
+
+
+@pytest.fixture
+def stack() -> Iterator[ExitStack]:
+    with ExitStack() as stack:
+        yield stack
 
 
 @pytest.fixture

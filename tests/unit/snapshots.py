@@ -11,13 +11,21 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from mig import GuestMemory, MemoryGuest, OutgoingMigration, ProcessGuest, open_image
+from mig.dirty.track import refusal
 
 PAGE = 4096
 MIB = 1 << 20
 #: nobody waits so long; a test that does has found a wait without an end
 FOREVER = 20.0
+REFUSAL = refusal("userfaultfd")
+#: of a module whose tests take snapshots
+MARKS = [
+    pytest.mark.skipif(REFUSAL is not None, reason=str(REFUSAL)),
+    pytest.mark.usefixtures("nothing_is_left"),
+]
 LIBC = ctypes.CDLL(None)
 LIBC.memset.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t]
 
@@ -54,6 +62,14 @@ def await_writes(guest: ProcessGuest, more: int) -> None:
     while guest.counters().writes < enough:
         assert time.monotonic() < end, "it does not write"
         time.sleep(0.001)
+
+
+def check_runs_on(guest: ProcessGuest, more: int) -> None:
+    """Check that it writes as if there had never been a snapshot."""
+    assert guest.running
+    assert protected() == 0
+    await_writes(guest, more)
+    assert guest.verify().ok
 
 
 def snapshot(guest, uri: str, *, also=(), **parameters) -> OutgoingMigration:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 
 import pytest
 from unit.snapshots import (
     FOREVER,
+    MARKS,
     MIB,
     PAGE,
     Remembering,
@@ -30,22 +30,11 @@ from mig import (
     _core,
     open_image,
 )
-from mig.dirty.track import refusal
 from mig.errors import KvmUnavailableError
 from mig.events import StatusChanged
 from mig.guest.kvm import KvmGuest, probe
 
-REFUSAL = refusal("userfaultfd")
-pytestmark = [
-    pytest.mark.skipif(REFUSAL is not None, reason=str(REFUSAL)),
-    pytest.mark.usefixtures("nothing_is_left"),
-]
-
-
-@pytest.fixture
-def stack():
-    with contextlib.ExitStack() as stack:
-        yield stack
+pytestmark = MARKS
 
 
 # ---- what is saved ---------------------------------------------------------------------------

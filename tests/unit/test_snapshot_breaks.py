@@ -11,32 +11,22 @@ import pytest
 from unit.snapshots import (
     FOREVER,
     LIBC,
+    MARKS,
     MIB,
     PAGE,
     await_frozen,
     await_writes,
-    protected,
+    check_runs_on,
     snapshot,
     write_in_python,
     write_natively,
 )
 
 from mig import GuestMemory, MemoryGuest, OutgoingMigration, ProcessGuest, Status, open_image
-from mig.dirty.track import refusal
 from mig.errors import CancelledError, ChannelError, OptionError
 from mig.snapshot import memory as snapshot_memory
 
-REFUSAL = refusal("userfaultfd")
-pytestmark = [
-    pytest.mark.skipif(REFUSAL is not None, reason=str(REFUSAL)),
-    pytest.mark.usefixtures("nothing_is_left"),
-]
-
-
-@pytest.fixture
-def stack():
-    with contextlib.ExitStack() as stack:
-        yield stack
+pytestmark = MARKS
 
 
 # ---- a destination that does not read --------------------------------------------------------
@@ -82,10 +72,7 @@ def test_a_cancel_wakes_who_waits(stack, stuck):
     with pytest.raises(CancelledError):
         outgoing.wait(FOREVER)
     assert outgoing.status == Status.CANCELLED
-    assert guest.running
-    assert protected() == 0
-    await_writes(guest, 5000)
-    assert guest.verify().ok
+    check_runs_on(guest, 5000)
 
 
 @pytest.mark.parametrize("bandwidth", [0, MIB])
@@ -97,10 +84,7 @@ def test_a_failure_leaves_the_guest_as_it_was(stack, command, bandwidth):
     with pytest.raises(ChannelError):
         outgoing.wait(FOREVER)
     assert outgoing.status == Status.FAILED
-    assert guest.running
-    assert protected() == 0
-    await_writes(guest, 2000)
-    assert guest.verify().ok
+    check_runs_on(guest, 2000)
 
 
 @pytest.mark.parametrize("where", ["stop", "save_devices", "resume"])

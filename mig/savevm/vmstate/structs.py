@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, ClassVar
 
 from mig.savevm.vmstate import access, elements
@@ -122,10 +122,11 @@ class Temporary(Field):
         self._description.get(source, self._make(state), self._description.version)
 
 
-class _Linked(Field):
-    """States one after the other, each behind a byte 1; a byte 0 ends them."""
+class _Chain(Field):
+    """States one after the other, each behind a byte 1; a byte 0 ends them.
 
-    type_name: ClassVar[str]
+    maximum: elements at most
+    """
 
     def __init__(
         self,
@@ -139,31 +140,61 @@ class _Linked(Field):
         self._description = description
         self._maximum = maximum
 
+    def _put_key(self, out: StateWriter, key: int, body: JsonObject) -> None:
+        """Write what is between the byte 1 and the state."""
+
+    def _get_key(self, source: StateReader, number: int) -> int:
+        """Read that of the element of this number."""
+        return number
+
+    def _put_each(
+        self, out: StateWriter, states: Iterable[tuple[int, Any]], body: JsonObject
+    ) -> None:
+        for key, state in states:
+            out.put(b"\x01")
+            with out.at(f"[{key!r}]"):
+                self._put_key(out, key, body)
+                self._description.put(out, state, body)
+        out.put(b"\x00")
+
+    def _get_each(
+        self, source: StateReader, parent: Any, maximum: int, told: str
+    ) -> list[tuple[int, Any]]:
+        """Return the keys and states; told: the maximum in words."""
+        states: list[tuple[int, Any]] = []
+        while source.read(1) != b"\x00":
+            if len(states) == maximum:
+                raise source.error(f"more than {told}")
+            key = self._get_key(source, len(states))
+            with source.at(f"[{key}]"):
+                state = self._description.blank(parent)
+                self._description.get(source, state, self._description.version)
+            states.append((key, state))
+        return states
+
+
+class _Linked(_Chain):
+    type_name: ClassVar[str]
+
     def save(self, out: StateWriter, state: Any, name: str, described: list[JsonObject]) -> None:
         """Write all elements."""
         body, start, values = JsonObject(), out.nbytes, self.value(out, state)
         if not isinstance(values, Iterable):
             raise out.error(f"{access.shown(values)} is no list")
+        self._put_each(out, self._numbered(out, values), body)
+        described.append(entry(name, self.type_name, body, out.nbytes - start))
+
+    def _numbered(self, out: StateWriter, values: Iterable[Any]) -> Iterator[tuple[int, Any]]:
         for i, value in enumerate(values):
             if i == self._maximum:
                 raise out.error(f"more than {self._maximum} elements")
-            out.put(b"\x01")
-            with out.at(f"[{i}]"):
-                self._description.put(out, value, body)
-        out.put(b"\x00")
-        described.append(entry(name, self.type_name, body, out.nbytes - start))
+            yield i, value
 
     def load(self, source: StateReader, state: Any) -> None:
         """Read the elements, in place of all that were there."""
         at = source.reader.offset
-        values: list[Any] = []
-        while source.read(1) != b"\x00":
-            if len(values) == self._maximum:
-                raise source.error(f"more than {self._maximum} elements")
-            value = self._description.blank(state)
-            with source.at(f"[{len(values)}]"):
-                self._description.get(source, value, self._description.version)
-            values.append(value)
+        states = self._get_each(source, state, self._maximum, f"{self._maximum} elements")
+        values = [value for _, value in states]
         self.fill(source, state, at, lambda old: access.refill(old, values))
 
 
@@ -185,23 +216,11 @@ class LinkedList(_Linked):
     type_name = "qlist"
 
 
-class Tree(Field):
+class Tree(_Chain):
     """A GTree whose keys are numbers: a dict of states by 64-bit unsigned numbers.
 
     maximum: elements at most
     """
-
-    def __init__(
-        self,
-        name: str,
-        description: Description,
-        *,
-        maximum: int = MAX_ELEMENTS,
-        **options: Any,
-    ) -> None:
-        super().__init__(name, **options)
-        self._description = description
-        self._maximum = maximum
 
     def save(self, out: StateWriter, state: Any, name: str, described: list[JsonObject]) -> None:
         """Write all elements, by ascending key."""
@@ -211,29 +230,23 @@ class Tree(Field):
         if len(tree) > self._maximum:
             raise out.error(f"more than {self._maximum} elements")
         elements.UINT32.put(out, len(tree), body)
-        for key in sorted(tree):
-            out.put(b"\x01")
-            with out.at(f"[{key!r}]"):
-                elements.UINT64.put(out, key, body)
-                self._description.put(out, tree[key], body)
-        out.put(b"\x00")
+        self._put_each(out, ((key, tree[key]) for key in sorted(tree)), body)
         described.append(entry(name, "gtree", body, out.nbytes - start))
 
     def load(self, source: StateReader, state: Any) -> None:
         """Read the elements, in place of all that were there."""
-        at, tree = source.reader.offset, {}
+        at = source.reader.offset
         count = int.from_bytes(source.read(4), "big")
         if count > self._maximum:
             raise source.error(f"{count} elements: {self._maximum} can be", offset=at)
-        seen = 0
-        while source.read(1) != b"\x00":
-            seen += 1
-            if seen > count:
-                raise source.error(f"more than the {count} elements that were announced")
-            key = int.from_bytes(source.read(8), "big")
-            with source.at(f"[{key}]"):
-                tree[key] = self._description.blank(state)
-                self._description.get(source, tree[key], self._description.version)
-        if seen != count:
-            raise source.error(f"{seen} elements, {count} were announced")
-        self.store(source, state, tree, at)
+        told = f"the {count} elements that were announced"
+        states = self._get_each(source, state, count, told)
+        if len(states) != count:
+            raise source.error(f"{len(states)} elements, {count} were announced")
+        self.store(source, state, dict(states), at)
+
+    def _put_key(self, out: StateWriter, key: int, body: JsonObject) -> None:
+        elements.UINT64.put(out, key, body)
+
+    def _get_key(self, source: StateReader, number: int) -> int:
+        return int.from_bytes(source.read(8), "big")
