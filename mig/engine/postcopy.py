@@ -99,9 +99,10 @@ class PostcopySender:
             self._give_turn()
 
     def _step(self) -> None:
+        self._search.heed()
         if not self._background() and not self._search.inside_host_page:
-            self._sleep(None)
-            self._search.heed()
+            if self._search.remaining:
+                self._sleep(None)
             return
         courtesy, most = self._requests.courtesy, self._most()
         batch = self._search.next_in_order(most)

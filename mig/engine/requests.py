@@ -40,6 +40,7 @@ class Courtesy:
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._began = self._requested = self._sent = -_START
+        self._asked = -_RECENT
 
     def begin(self) -> None:
         """A connection is there, and somebody at its end who is about to ask."""
@@ -47,7 +48,7 @@ class Courtesy:
 
     def requested(self) -> None:
         """A page was asked for."""
-        self._requested = self._clock()
+        self._requested = self._asked = self._clock()
 
     def sent(self) -> None:
         """Something went in the background."""
@@ -56,7 +57,7 @@ class Courtesy:
     @property
     def recent(self) -> bool:
         """Whether whoever asks next would have to wait for what is sent now."""
-        return self._clock() < self._requested + _RECENT
+        return self._clock() < self._asked + _RECENT
 
     def left(self) -> float:
         """Return the seconds until the background may go on, 0 for now."""

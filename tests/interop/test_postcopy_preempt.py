@@ -66,7 +66,7 @@ def test_what_is_asked_for_goes_beside_the_rest(lab, assert_goes_on, version):
         assert migration.status == mig.Status.POSTCOPY_ACTIVE
         ram = migration.query().ram
         assert ram.postcopy_requests > 0
-        assert migration._urgent.nbytes > 0
+        assert migration._requests.server.sent[2] > 0
         assert ram.remaining > ram.total // 2
         migration.set_parameters({"max-postcopy-bandwidth": 0})
         assert migration.wait(FOREVER)
