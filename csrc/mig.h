@@ -34,6 +34,7 @@ enum mig_error {
     MIG_E_XBZRLE_PAST_PAGE = -5032, /* a run that goes past the page */
     MIG_E_MAPPED_SHORT = -5040,     /* a file ends before what was found in it */
     MIG_E_SERVER_GONE = -5041,      /* the connection for urgent pages was closed too early */
+    MIG_E_SERVER_BROKEN = -5042,    /* somebody else broke off in the middle of the stream */
     MIG_XBZRLE_OVERFLOW = -5033,    /* no error: the encoding does not fit */
 };
 

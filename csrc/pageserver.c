@@ -14,6 +14,7 @@
 #include "pageserver.h"
 
 #include <errno.h>
+#include <limits.h>
 #include <poll.h>
 #include <stdlib.h>
 #include <string.h>
@@ -118,29 +119,53 @@ static void silence(int fd)
 
 /* ---- the stream ----------------------------------------------------------------------------- */
 
-void mig_server_take_turn(struct mig_server *s)
+/* Whether the stream is ours; what broke it, if it is not. With `turn` held. */
+static int begin_turn(struct mig_server *s)
 {
+    if (!s->broken) {
+        s->writing = true;
+    }
+    return s->broken;
+}
+
+int mig_server_take_turn(struct mig_server *s)
+{
+    int rc;
+
     pthread_mutex_lock(&s->turn);
     while (s->writing || s->waiting) {
         pthread_cond_wait(&s->turned, &s->turn);
     }
-    s->writing = true;
+    rc = begin_turn(s);
     pthread_mutex_unlock(&s->turn);
+    return rc;
 }
 
-static void take_turn_first(struct mig_server *s)
+static int take_turn_first(struct mig_server *s)
 {
+    int rc;
+
     pthread_mutex_lock(&s->turn);
     __atomic_add_fetch(&s->waiting, 1, __ATOMIC_RELAXED);
     while (s->writing) {
         pthread_cond_wait(&s->turned, &s->turn);
     }
     __atomic_sub_fetch(&s->waiting, 1, __ATOMIC_RELAXED);
-    s->writing = true;
+    rc = begin_turn(s);
+    pthread_cond_broadcast(&s->turned);
+    pthread_mutex_unlock(&s->turn);
+    return rc;
+}
+
+/* The first reason counts. */
+static void break_off(struct mig_server *s, int reason)
+{
+    pthread_mutex_lock(&s->turn);
+    s->broken = s->broken ? s->broken : reason;
     pthread_mutex_unlock(&s->turn);
 }
 
-void mig_server_give_turn(struct mig_server *s)
+static void end_turn(struct mig_server *s)
 {
     pthread_mutex_lock(&s->turn);
     s->writing = false;
@@ -148,11 +173,31 @@ void mig_server_give_turn(struct mig_server *s)
     pthread_mutex_unlock(&s->turn);
 }
 
+void mig_server_give_turn(struct mig_server *s, bool broken)
+{
+    if (broken) {
+        break_off(s, MIG_E_SERVER_BROKEN);
+    }
+    end_turn(s);
+}
+
+/* Has the stream, whatever its state. */
+static void seize(struct mig_server *s)
+{
+    pthread_mutex_lock(&s->turn);
+    while (s->writing) {
+        pthread_cond_wait(&s->turned, &s->turn);
+    }
+    s->writing = true;
+    pthread_mutex_unlock(&s->turn);
+}
+
 void mig_server_attach(struct mig_server *s, const struct mig_fd *out, bool beside,
                        bool detects, const uint8_t *head, size_t nhead, const uint8_t *tail,
                        size_t ntail)
 {
-    take_turn_first(s);
+    seize(s);
+    s->broken = 0;
     s->out = *out;
     s->beside = beside;
     s->detects = detects;
@@ -162,17 +207,61 @@ void mig_server_attach(struct mig_server *s, const struct mig_fd *out, bool besi
     s->nhead = nhead;
     s->ntail = ntail;
     __atomic_store_n(&s->open, true, __ATOMIC_RELEASE);
-    mig_server_give_turn(s);
+    end_turn(s);
     ring(s->kick_fd);
 }
 
 void mig_server_detach(struct mig_server *s)
 {
-    take_turn_first(s);
+    seize(s);
     __atomic_store_n(&s->open, false, __ATOMIC_RELEASE);
     s->out.fd = -1;
-    mig_server_give_turn(s);
+    end_turn(s);
     ring(s->kick_fd);
+}
+
+/* Waits until the connection beside takes more: 0. Who is gone is seen on the return path. */
+static int await_room(struct mig_server *s)
+{
+    struct pollfd fds[3] = {
+        {.fd = s->out.fd, .events = POLLOUT},
+        {.fd = s->out.cancel_fd, .events = POLLIN},
+        {.fd = s->in.fd, .events = POLLRDHUP},
+    };
+    int rc = poll(fds, 3, s->out.timeout_ms);
+
+    if (rc < 0) {
+        return errno == EINTR ? 0 : -errno;
+    }
+    if (fds[1].revents) {
+        return MIG_E_CANCELLED;
+    }
+    if (fds[2].revents) {
+        return MIG_E_SERVER_GONE;
+    }
+    return rc ? 0 : MIG_E_TIMEOUT;
+}
+
+static int64_t write_beside(struct mig_server *s, struct iovec *iov, size_t niov)
+{
+    int64_t total = 0;
+
+    while (niov) {
+        struct msghdr msg = {.msg_iov = iov, .msg_iovlen = niov < IOV_MAX ? niov : IOV_MAX};
+        ssize_t n = sendmsg(s->out.fd, &msg, MSG_DONTWAIT | MSG_NOSIGNAL);
+
+        if (n >= 0) {
+            total += n;
+            mig_iov_skip(&iov, &niov, (size_t)n);
+        } else if (errno != EINTR) {
+            int rc = errno == EAGAIN || errno == EWOULDBLOCK ? await_room(s) : -errno;
+
+            if (rc < 0) {
+                return rc;
+            }
+        }
+    }
+    return total;
 }
 
 /* The pages index[0..n) of a block, MIG_SERVER_BATCH at most. */
@@ -197,7 +286,7 @@ static int send_batch(struct mig_server *s, size_t number, const uint64_t *index
     mig_out_copy(q, s->head, s->nhead);
     mig_ram_encode(q, b->pages, names ? b->name : NULL, b->name_len, index, 0, n, s->zero);
     mig_out_copy(q, s->tail, s->ntail);
-    sent = mig_fd_writev(&s->out, q->iov, q->niov);
+    sent = s->beside ? write_beside(s, q->iov, q->niov) : mig_fd_writev(&s->out, q->iov, q->niov);
     if (sent < 0) {
         return (int)sent;
     }
@@ -280,9 +369,11 @@ static void note_sent(struct mig_server *s, size_t block, const uint64_t *index,
 static int answer_piece(struct mig_server *s, size_t block, uint64_t first, uint64_t end)
 {
     size_t n, done, m;
-    int rc = 0;
+    int rc = take_turn_first(s);
 
-    take_turn_first(s);
+    if (rc < 0) {
+        return rc;
+    }
     n = s->open ? take_pages(s, block, first, end) : 0;
     for (done = 0; done < n && rc == 0; done += m) {
         m = n - done < MIG_SERVER_BATCH ? n - done : MIG_SERVER_BATCH;
@@ -291,7 +382,11 @@ static int answer_piece(struct mig_server *s, size_t block, uint64_t first, uint
     if (n && rc == 0 && s->tells_sent) {
         note_sent(s, block, s->index, n);
     }
-    mig_server_give_turn(s);
+    if (rc < 0) {
+        /* a record may have been begun: whatever followed would be taken for the rest of it */
+        break_off(s, rc);
+    }
+    end_turn(s);
     return rc;
 }
 
@@ -308,7 +403,8 @@ int mig_server_answer(struct mig_server *s, size_t block, uint64_t first, uint64
     /* also of what is on its way already: who waits for that will soon be past it */
     note(s, block, false, first, end - first);
     worth = is_worth(s, block, first, end);
-    hurries = s->hurries;
+    /* whoever is inside a host page may be asleep, and has the stream */
+    hurries = s->hurries || s->begun >= 0;
     pthread_mutex_unlock(&s->pages);
     if (hurries) {
         ring(s->wake_fd);
@@ -417,6 +513,7 @@ static int await_bytes(struct mig_server *s)
     }
     /* the destination says nothing there */
     if (fds[3].revents && watches(s)) {
+        break_off(s, MIG_E_SERVER_GONE);
         return MIG_E_SERVER_GONE;
     }
     return fds[2].revents || fds[3].revents ? 0 : MIG_E_TIMEOUT;
@@ -425,15 +522,21 @@ static int await_bytes(struct mig_server *s)
 /* Adds what is there to the buffer: 1, or 0 when nothing more comes. */
 static int fill(struct mig_server *s)
 {
+    bool was_reset = false;
     ssize_t n;
 
     memmove(s->buf, s->buf + s->start, s->end - s->start);
     s->end -= s->start;
     s->start = 0;
-    do {
+    for (;;) {
         n = recv(s->in.fd, s->buf + s->end, sizeof s->buf - s->end, MSG_DONTWAIT);
-        /* a reset is told once, before what the peer had said: what follows it tells the rest */
-    } while (n < 0 && (errno == EINTR || errno == ECONNRESET));
+        if (n < 0 && errno == ECONNRESET && !was_reset) {
+            /* a unix socket says so before it gives out what the peer had said */
+            was_reset = true;
+        } else if (n >= 0 || errno != EINTR) {
+            break;
+        }
+    }
     if (n < 0) {
         return errno == EAGAIN || errno == EWOULDBLOCK ? 1 : -errno;
     }

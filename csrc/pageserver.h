@@ -53,6 +53,7 @@ struct mig_server {
     pthread_cond_t turned;
     bool writing;
     unsigned waiting;       /* answers that wait for it */
+    int broken;             /* why nothing can follow what was written last, 0: it can */
 
     /* What answers go over. Whoever has the stream. */
     bool open;
@@ -89,9 +90,11 @@ void mig_server_attach(struct mig_server *s, const struct mig_fd *out, bool besi
 /* From now on nobody is answered. What waits to write has to be cancelled before. */
 void mig_server_detach(struct mig_server *s);
 
-/* Has the stream, from when nobody writes and no answer waits, until give(). */
-void mig_server_take_turn(struct mig_server *s);
-void mig_server_give_turn(struct mig_server *s);
+/* Has the stream, from when nobody writes and no answer waits, until give(): 0. Or what broke it: then
+ * nobody has it, until another is attached. */
+int mig_server_take_turn(struct mig_server *s);
+/* `broken`: what was begun will not be finished, so that nothing can follow. */
+void mig_server_give_turn(struct mig_server *s, bool broken);
 
 /* Reads the return path and answers requests, until something comes that is not one, or none that
  * can be answered: then 0, and it is the next that mig_server_read() gives out. -errno or MIG_E_*,

@@ -78,6 +78,8 @@ cdef int64_t check(int64_t rc) except -1:
         raise MemoryError
     if rc == MIG_E_SERVER_GONE:
         raise PeerError("the destination went away: the connection for urgent pages is over")
+    if rc == MIG_E_SERVER_BROKEN:
+        raise ChannelError("the connection broke off in the middle of what was being sent")
     if rc == MIG_E_MAPPED_SHORT:
         raise ChannelError("the file has become shorter while it was read")
     if rc in _RAM_ERRORS:

@@ -47,8 +47,8 @@ cdef extern from "pageserver.h" nogil:
     void mig_server_attach(mig_server *s, const mig_fd *out, bint beside, bint detects,
                            const uint8_t *head, size_t nhead, const uint8_t *tail, size_t ntail)
     void mig_server_detach(mig_server *s)
-    void mig_server_take_turn(mig_server *s)
-    void mig_server_give_turn(mig_server *s)
+    int mig_server_take_turn(mig_server *s)
+    void mig_server_give_turn(mig_server *s, bint broken)
     int mig_server_run(mig_server *s)
     int64_t mig_server_read(mig_server *s, uint8_t *to, size_t n)
     int mig_server_answer(mig_server *s, size_t block, uint64_t first, uint64_t npages)
@@ -217,13 +217,18 @@ cdef class PageServer:
         check(rc)
 
     def take_turn(self):
-        """Have the stream, once no answer waits for it."""
+        """Have the stream, once no answer waits for it; raises what broke it."""
+        cdef int rc
         with nogil:
-            mig_server_take_turn(&self.c)
+            rc = mig_server_take_turn(&self.c)
+        check(rc)
 
-    def give_turn(self):
-        """Undo take_turn()."""
-        mig_server_give_turn(&self.c)
+    def give_turn(self, bint broken=False):
+        """Undo take_turn().
+
+        broken: what was begun will not be finished: nothing can follow until the next attach()
+        """
+        mig_server_give_turn(&self.c, broken)
 
     @property
     def waiting(self):

@@ -96,10 +96,8 @@ class SourceLink(Migration):
         """Let go of all connections."""
         if self._last_call is not None:
             self._last_call.cancel()
-        if self._channel is not None:
-            self._channel.cancel()
+        self._cut_off()
         if self._lanes is not None:
-            self._lanes.cancel()
             self._lanes.close()
         if self._return_path is not None:
             self._return_path.join()

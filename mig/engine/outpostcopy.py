@@ -142,7 +142,7 @@ class PostcopyPhase:
             sleep=self._owner._sleep_until_woken,
             on_sent=self._sent,
         ).run()
-        # all pages are taken: who had the last one has sent it when the turn is ours
+        # all pages are taken: who had the last one has sent it when the turn is ours, or it is not
         self._requests.server.take_turn()
         self._requests.server.give_turn()
         self._walk.heed()

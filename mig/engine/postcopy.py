@@ -95,8 +95,10 @@ class PostcopySender:
         try:
             while self._search.remaining:
                 self._step()
-        finally:
-            self._give_turn()
+        except BaseException:
+            self._give_turn(broken=True)
+            raise
+        self._give_turn()
 
     def _step(self) -> None:
         self._search.heed()
@@ -141,7 +143,7 @@ class PostcopySender:
         self._on_sent(batch)
         return self._saver.nbytes - before
 
-    def _give_turn(self) -> None:
+    def _give_turn(self, *, broken: bool = False) -> None:
         if self._has_turn:
             self._has_turn = False
-            self._server.give_turn()
+            self._server.give_turn(broken)

@@ -376,8 +376,7 @@ class PostcopySource(SourceLink):
                 return
             self._link_error = self._link_error or error
             self._wake.set()
-            if self._channel is not None:
-                self._channel.cancel()
+            self._cut_off()
 
     # ---- what the whole source does ---------------------------------------------------------
 

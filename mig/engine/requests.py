@@ -184,20 +184,23 @@ class PageRequests:
         for request in early:
             self.server.answer(*request)
 
-    def heed(self, on_sent: Callable[[PageBatch], None]) -> None:
-        """Let what has been asked for say what goes next. For who has the pages.
+    def heed(self) -> list[PageBatch]:
+        """Let what has been asked for say what goes next; returns what was sent, if that is told.
 
-        on_sent: told of what was sent
+        For who has the pages.
         """
+        batches = []
         for number, first, npages, sent in self.server.take_notes():
             block = self._search.listed[number]
             if sent:
-                on_sent(PageBatch(block, np.arange(first, first + npages, dtype=np.uint64)))
+                index = np.arange(first, first + npages, dtype=np.uint64)
+                batches.append(PageBatch(block, index))
                 continue
             self.courtesy.requested()
             if self._log is not None:
                 self._log.note(number, first, npages, self._search.place)
             self._search.requested(block, first, first + npages)
+        return batches
 
     def clear(self) -> None:
         """Answer nobody, and forget all: who asked is gone, and asks again when it is back."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import time
 from collections.abc import Callable
 
 from mig.channel import Channel
@@ -135,12 +136,14 @@ class ReturnPath:
 
     def _last_word(self, reader: StreamReader) -> PeerError | None:
         """Return what the destination has to say about a connection that is of no use any more."""
-        self._channel.timeout = LAST_WORDS
+        end = time.monotonic() + LAST_WORDS
         with contextlib.suppress(StreamError, ChannelError, CancelledError):
-            while (message := ReturnMessage.read(reader)).type != ReturnType.SHUT:
-                pass
-            if message.value:
-                return PeerError(f"the destination reports failure ({message.value:#x})")
+            # a guest that still runs there goes on to ask
+            while (left := end - time.monotonic()) > 0:
+                self._channel.timeout = left
+                message = ReturnMessage.read(reader)
+                if message.type == ReturnType.SHUT and message.value:
+                    return PeerError(f"the destination reports failure ({message.value:#x})")
         return None
 
     def _take(self, message: ReturnMessage, reader: StreamReader, requests: PageRequests) -> None:

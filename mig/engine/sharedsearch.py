@@ -91,11 +91,16 @@ class SharedSearch:
         self._server.lock_pages()
         try:
             self._search.remaining = self.remaining
-            self._requests.heed(self._on_sent)
-            yield
-            self._server.left = self._search.remaining // self._page_size
+            sent = self._requests.heed()
+            try:
+                yield
+            finally:
+                # also of pages that were taken before something went wrong
+                self._server.left = self._search.remaining // self._page_size
         finally:
             self._server.unlock_pages()
+        for batch in sent:
+            self._on_sent(batch)
 
     def _begun(self, batch: PageBatch | None) -> None:
         """Say which host page the walk is in now."""

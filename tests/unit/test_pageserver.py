@@ -16,7 +16,7 @@ from unit.far import until
 
 from mig import _core
 from mig.engine.requests import PageRequests
-from mig.errors import CancelledError, PeerError
+from mig.errors import CancelledError, ChannelError, IdleTimeoutError, PeerError
 from mig.ram.search import PageSearch, SourceBlock
 
 
@@ -318,6 +318,69 @@ def test_two_connections_and_a_walk_take_every_page_once(talk, seed):
         for first in range(0, npages, group):
             pages = {(name, i) for i in range(first, first + group)} & everything
             assert pages <= set(came) or pages <= set(walked)
+
+
+def test_nothing_follows_what_was_broken_off():
+    """Whatever came behind half a record would be taken for the rest of it."""
+    with Answering(search_of(a=(100, 1))) as walk:
+        server = walk.requests.server
+        server.take_turn()
+        raised: list[BaseException] = []
+
+        def asks() -> None:
+            try:
+                server.answer(0, 5, 1)
+            except BaseException as error:
+                raised.append(error)
+
+        thread = threading.Thread(target=asks)
+        thread.start()
+        until(lambda: server.waiting)
+        server.give_turn(broken=True)
+        thread.join(FOREVER)
+        assert "broke off" in str(raised[0])
+        with pytest.raises(ChannelError, match="broke off"):
+            server.take_turn()
+        assert not walk.came()
+        assert walk.remaining == 100 * PAGE
+        walk.requests.clear()
+        walk.requests.attach(_core.Descriptor(walk.fd))
+        server.take_turn()
+        server.give_turn()
+        server.answer(0, 5, 1)
+        assert walk.came() == [("a", 5)]
+
+
+def test_an_answer_that_fails_breaks_the_stream():
+    near, far = socket.socketpair()
+    with near, far, Answering(search_of(a=(3000, 1))) as walk:
+        near.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 16)
+        server = walk.requests.server
+        for beside in (False, True):
+            walk.requests.clear()
+            target = _core.Descriptor(near.fileno(), is_socket=True, timeout=0.05)
+            walk.requests.attach(target, beside=beside)
+            with pytest.raises(IdleTimeoutError):
+                server.answer(0, 0, 3000)
+            with pytest.raises(IdleTimeoutError):
+                server.take_turn()
+            walk.replace_dirty("a", _core.Bitmap(3000, fill=True))
+
+
+def test_pages_that_were_taken_before_an_error_are_not_counted_twice():
+    class Log:
+        chunk_pages = 64
+
+        def clear(self, *_) -> None:
+            raise OSError("once")
+
+    walk = Answering(PageSearch(search_of(a=(1000, 1)).listed, Log()))
+    with walk:
+        with pytest.raises(OSError, match="once"):
+            walk.next_batch(100)
+        assert walk.remaining == walk.listed[0].dirty.count() * PAGE == 900 * PAGE
+        walk.replace_dirty("a", _core.Bitmap(1000, fill=True))
+        assert walk.remaining == 1000 * PAGE
 
 
 def test_requests_hold_no_pages_when_they_are_closed():

@@ -15,7 +15,7 @@ from unit.far import until
 from unit.postcopies import RAM, TOTAL, VGA, closed_lab, is_paused
 
 import mig
-from mig import OutgoingMigration, Status, _core
+from mig import MemoryGuest, OutgoingMigration, Status, _core
 from mig.errors import OptionError, PeerError
 from mig.postcopy.dialect import preempt_dialect
 from mig.ram.search import PageSearch, SourceBlock
@@ -320,6 +320,84 @@ def test_breaks_of_either_at_any_byte(preempt):
             source.wait(0.01)
         assert far.same_as(mine.memory)
         assert not far.twice
+
+
+def big_box(npages: int) -> MemoryGuest:
+    memory = mig.GuestMemory()
+    memory.add(RAM, npages * PAGE).view[:] = b"\x11" * (npages * PAGE)
+    devices = mig.DeviceRegistry()
+    devices.register("core", save=lambda: b"x", load=lambda *_: None)
+    return MemoryGuest("box", memory, devices)
+
+
+def held(link) -> threading.Event:
+    """Nobody reads it any more, until the event is set."""
+    go, read = threading.Event(), link.read
+
+    def wait(n: int) -> bytes:
+        go.wait(FOREVER)
+        return read(n)
+
+    link.read = wait
+    return go
+
+
+@pytest.fixture
+def running(preempt):
+    """A source without background, and a destination that has one page."""
+
+    def begin(npages: int, **options):
+        source = preempt.source(big_box(npages), background=False, **options)
+        far = preempt.far()
+        source.start(far.uri)
+        until(lambda: far.running)
+        far.request(RAM, 0)
+        until(lambda: far.has(RAM, 0))
+        return source, far
+
+    return begin
+
+
+def test_the_end_is_not_said_when_the_last_answer_was_lost(running):
+    source, far = running(2048)
+    go = held(far.beside[0])
+    far.request(RAM, 0, 2048 * PAGE)
+    until(lambda: not source.query().ram.remaining)
+    far.beside[0].close()
+    is_paused(source)
+    go.set()
+    assert not far.said("end")
+    assert not far.said("eof")
+
+
+def test_a_guest_that_goes_on_to_ask_does_not_hide_a_break(running):
+    source, far = running(1024)
+    far.beside[0].close()
+    asked = threading.Event()
+
+    def asks() -> None:
+        number = 0
+        while not asked.wait(0.05):
+            number += 1
+            far.request(RAM, number % 1024 * PAGE)
+
+    thread = threading.Thread(target=asks)
+    thread.start()
+    is_paused(source)
+    asked.set()
+    thread.join(FOREVER)
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_the_main_connection_breaks_while_an_answer_waits(running, background):
+    source, far = running(16384)
+    go = held(far.beside[0])
+    far.request(RAM, 0, 12000 * PAGE)
+    until(lambda: source._requests.server.sent[0] > 1000)
+    source.background = background
+    far.cut()
+    is_paused(source)
+    go.set()
 
 
 # ---- both ends -------------------------------------------------------------------------------
