@@ -171,10 +171,10 @@ def test_refuses_connections(guest, tmp_path, accepts):
 @pytest.mark.parametrize("which", [0, 2])
 def test_drops_a_channel(large, tmp_path, which, nbytes, return_path):
     def peer(main: socket.socket, lanes: list[socket.socket]) -> None:
-        threads = drain_all([lane for i, lane in enumerate(lanes) if i != which] + [main])
         read_some(lanes[which], nbytes)
         lanes[which].shutdown(socket.SHUT_RDWR)
-        for thread in threads:
+        # not before: else the source might have written everything by then
+        for thread in drain_all([lane for i, lane in enumerate(lanes) if i != which] + [main]):
             thread.join()
 
     error = send(large, tmp_path, peer, return_path=return_path)
