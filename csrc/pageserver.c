@@ -394,7 +394,7 @@ int mig_server_answer(struct mig_server *s, size_t block, uint64_t first, uint64
 {
     const struct mig_served_block *b = &s->blocks[block];
     uint64_t host = b->host_npages, end = (first + npages + host - 1) / host * host, piece;
-    bool worth, hurries;
+    bool worth, wakes;
     int rc = 0;
 
     first -= first % host;
@@ -404,9 +404,9 @@ int mig_server_answer(struct mig_server *s, size_t block, uint64_t first, uint64
     note(s, block, false, first, end - first);
     worth = is_worth(s, block, first, end);
     /* whoever is inside a host page may be asleep, and has the stream */
-    hurries = s->hurries || s->begun >= 0;
+    wakes = s->begun >= 0;
     pthread_mutex_unlock(&s->pages);
-    if (hurries) {
+    if (wakes) {
         ring(s->wake_fd);
     }
     for (; worth && first < end && rc == 0; first = piece) {
