@@ -23,10 +23,9 @@
 #include <unistd.h>
 
 #include "endian.h"
+#include "wire.h"
 
 enum {
-    REQ_PAGES_ID = 3,
-    REQ_PAGES = 4,
     HEADER = 4,
     RANGE = 12, /* offset and length */
 };
@@ -449,8 +448,9 @@ static int answer_next(struct mig_server *s, bool *more)
     }
     type = mig_load_be16(at);
     length = mig_load_be16(at + 2);
-    if ((type != REQ_PAGES || length != RANGE) &&
-        (type != REQ_PAGES_ID || length <= RANGE || length > RANGE + 1 + MIG_RAM_MAX_NAME)) {
+    if ((type != MIG_RETURN_REQ_PAGES || length != RANGE) &&
+        (type != MIG_RETURN_REQ_PAGES_ID || length <= RANGE ||
+         length > RANGE + 1 + MIG_RAM_MAX_NAME)) {
         return 0;
     }
     *more = held < HEADER + length;
@@ -458,7 +458,7 @@ static int answer_next(struct mig_server *s, bool *more)
         return 0;
     }
     block = s->last;
-    if (type == REQ_PAGES_ID) {
+    if (type == MIG_RETURN_REQ_PAGES_ID) {
         name_len = range[RANGE];
         block = length == RANGE + 1 + name_len ? find_block(s, range + RANGE + 1, name_len) : -1;
     }

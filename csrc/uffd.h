@@ -14,25 +14,13 @@
 #include <pthread.h>
 
 #include "mig.h"
+#include "wire.h"
 
 enum mig_uffd_error {
     MIG_E_UFFD_ORDER = -5050,     /* pages of a host page that do not follow each other */
     MIG_E_UFFD_TRUNCATED = -5051, /* the connection ended within something */
     MIG_E_UFFD_SECTION = -5052,   /* a section, or a footer, of another id */
     MIG_E_UFFD_MISSING = -5053,   /* who was to bring the pages that are wanted has gone */
-};
-
-/* Numbers of the wire; compared with mig/wire.py by a test. */
-enum mig_wire_number {
-    MIG_TYPE_EOF = 0x00,
-    MIG_TYPE_PART = 0x02,
-    MIG_TYPE_END = 0x03,
-    MIG_TYPE_COMMAND = 0x08,
-    MIG_TYPE_FOOTER = 0x7e,
-    MIG_COMMAND_PING = 2,
-    MIG_RETURN_PONG = 2,
-    MIG_RETURN_REQ_PAGES_ID = 3,
-    MIG_RETURN_REQ_PAGES = 4,
 };
 
 /* ---- the return path ------------------------------------------------------------------------- */

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Protocol
 
 from mig.engine.rate import RateLimit
 from mig.engine.requests import PageRequests
+from mig.engine.sharedsearch import SharedSearch
 from mig.ram.save import RamSaver
-from mig.ram.search import PageBatch, SourceBlock
+from mig.ram.search import PageBatch
 
 #: bytes that are sent in the background at a time, and while others may be asked for behind them
 _BACKGROUND, _BRIEF = 256 << 10, 64 << 10
@@ -19,35 +20,6 @@ class Sleep(Protocol):
 
     def __call__(self, seconds: float | None, *, heedful: bool = True) -> None:
         """Wait; see PostcopySender."""
-
-
-class Walk(Protocol):
-    """What pages are taken from, shared with the thread that answers requests."""
-
-    @property
-    def listed(self) -> Sequence[SourceBlock]:
-        """All blocks."""
-
-    @property
-    def remaining(self) -> int:
-        """Bytes that nobody has taken."""
-
-    @property
-    def inside_host_page(self) -> bool:
-        """Whether the next batch goes on with a host page that was begun."""
-
-    @property
-    def hurries(self) -> bool:
-        """Whether somebody waits for that host page."""
-
-    def next_batch(self, max_pages: int) -> PageBatch | None:
-        """Take the next pages."""
-
-    def next_in_order(self, max_pages: int) -> PageBatch | None:
-        """Take the next pages that are worth sending before the rest."""
-
-    def heed(self) -> None:
-        """Take note of what was asked for."""
 
 
 class PostcopySender:
@@ -65,7 +37,7 @@ class PostcopySender:
 
     def __init__(
         self,
-        search: Walk,
+        search: SharedSearch,
         requests: PageRequests,
         saver: RamSaver,
         *,

@@ -85,7 +85,8 @@ class PageRequests:
         self._lock = threading.Lock()
         self._early: list[tuple[int, int, int]] = []
         self._log = log
-        self._numbers = {block.idstr: number for number, block in enumerate(search.listed)}
+        #: number of each block in the block list
+        self.numbers = {block.idstr: number for number, block in enumerate(search.listed)}
         page_size = search.listed[0].pages.page_size if search.listed else HOST_PAGE_SIZE
         #: set when there is something to be heeded
         self.bell = Wake()
@@ -158,7 +159,7 @@ class PageRequests:
 
     def _find(self, idstr: str | None) -> int:
         if idstr is not None:
-            number = self._numbers.get(idstr)
+            number = self.numbers.get(idstr)
             if number is None or self._search.ignores(self._search.listed[number]):
                 raise StreamError(f"the destination asks for pages of '{idstr}': no such block")
             self.server.last = number

@@ -31,7 +31,6 @@ class SharedSearch:
         self._server = requests.server
         self._on_sent = on_sent
         self._page_size = search.listed[0].pages.page_size if search.listed else 1
-        self._numbers = {id(block): number for number, block in enumerate(search.listed)}
         self._server.left = search.remaining // self._page_size
         self._server.begin(None)
 
@@ -109,5 +108,5 @@ class SharedSearch:
             return
         block, last = batch.block, int(batch.index[-1])
         npages = block.host_page_size // block.pages.page_size
-        number = self._numbers[id(block)]
+        number = self._requests.numbers[block.idstr]
         self._server.begin(number, last // npages * npages, block.host_page_end(last))

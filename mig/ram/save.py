@@ -67,8 +67,7 @@ class RamSaver:
     @property
     def around_part(self) -> tuple[bytes, bytes]:
         """What somebody else has to write before and behind the records of a SECTION_PART."""
-        footer = encode_footer(self._section_id) if self.footers else b""
-        return encode_continuation(SectionType.PART, self._section_id), _EOS + footer
+        return encode_continuation(SectionType.PART, self._section_id), self._tail
 
     def end(self) -> None:
         """SECTION_END with every page that is still dirty."""
@@ -108,10 +107,13 @@ class RamSaver:
         """Wait until what was given to send is counted in `nbytes`."""
         self._encoder.settle()
 
+    @property
+    def _tail(self) -> bytes:
+        """What ends a section."""
+        return _EOS + (encode_footer(self._section_id) if self.footers else b"")
+
     def _end_section(self, kind: SectionType) -> None:
         self._encoder.end_section(kind)
-        self._writer.put(_EOS)
-        if self.footers:
-            self._writer.put(encode_footer(self._section_id))
+        self._writer.put(self._tail)
         # channels beside the stream may wait for what was said here
         self._writer.flush()

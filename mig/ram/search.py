@@ -112,8 +112,6 @@ class PageSearch:
         self.remaining = sum(b.dirty.count() * b.pages.page_size for b in self.blocks)
         #: whether the last batch has left dirty pages of the host page it ends in: they come next
         self.inside_host_page = False
-        #: whether somebody waits for it to be finished, where that is not seen by the requests
-        self.hurries = False
         #: whether every page has been looked at once: the first full round is over
         self.wrapped = False
         # without blocks there is nothing to order

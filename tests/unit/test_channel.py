@@ -145,23 +145,17 @@ def test_a_queue_can_be_kept_short(cancel, pair):
         with socket.socket(fileno=os.dup(fd)) as sock:
             assert sock.getsockopt(socket.IPPROTO_TCP, 25) == 128 << 10
         data = os.urandom(BIG)
-        thread = threading.Thread(target=source.send, args=(queue(data),))
-        thread.start()
-        got = bytearray(BIG)
-        assert end.readinto(got, 0, BIG) == BIG
-        thread.join(FOREVER)
-        assert got == data
+        sender = Background(lambda: source.send(queue(data)))
+        assert read(end, BIG) == data
+        assert sender.outcome() == BIG
     # a unix socket says so in its own way
     left, right = pair
     left.keep_queue_short()
     with socket.socket(fileno=os.dup(left.fileno())) as sock:
         assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF) == 256 << 10
-    thread = threading.Thread(target=left.send, args=(queue(data),))
-    thread.start()
-    got = bytearray(BIG)
-    assert right.readinto(got, 0, BIG) == BIG
-    thread.join(FOREVER)
-    assert got == data
+    sender = Background(lambda: left.send(queue(data)))
+    assert read(right, BIG) == data
+    assert sender.outcome() == BIG
     reading, writing = os.pipe()
     with Channel(reading, "r") as a, Channel(writing, "w"):
         a.keep_queue_short()
