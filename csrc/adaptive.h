@@ -15,7 +15,6 @@
 #define MIG_ADAPTIVE_H
 
 #include <pthread.h>
-#include <time.h>
 
 #include "codec.h"
 #include "mig.h"
@@ -23,15 +22,6 @@
 enum mig_method { MIG_METHOD_RAW, MIG_METHOD_DELTA, MIG_METHOD_ZSTD, MIG_NMETHODS };
 
 enum { MIG_ADAPTIVE_LOCKS = 64 };
-
-/* Seconds on a clock. */
-static inline double mig_now(void)
-{
-    struct timespec t;
-
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (double)t.tv_sec + (double)t.tv_nsec * 1e-9;
-}
 
 /* ---- sending: what the channels share ------------------------------------------------------- */
 

@@ -11,7 +11,7 @@
 
 enum { MAX_IOV = 1024 }; /* IOV_MAX of Linux */
 
-static int wait_for(const struct mig_fd *f, short events)
+int mig_fd_wait(const struct mig_fd *f, short events)
 {
     struct pollfd fds[2] = {{.fd = f->fd, .events = events}, {.fd = f->cancel_fd, .events = POLLIN}};
     int rc;
@@ -49,7 +49,7 @@ int64_t mig_fd_read(const struct mig_fd *f, uint8_t *buf, size_t min, size_t max
             if (got >= min) {
                 break;
             }
-            rc = wait_for(f, POLLIN);
+            rc = mig_fd_wait(f, POLLIN);
             if (rc < 0) {
                 return rc;
             }
@@ -90,7 +90,7 @@ int64_t mig_fd_readv_some(const struct mig_fd *f, struct iovec *iov, size_t niov
             return n;
         }
         if (must_wait(errno)) {
-            rc = wait_for(f, POLLIN);
+            rc = mig_fd_wait(f, POLLIN);
         } else if (errno == ECONNRESET && !was_reset) {
             was_reset = true; /* as above */
         } else if (errno != EINTR) {
@@ -130,7 +130,7 @@ static int64_t move_all(const struct mig_fd *f, struct iovec *iov, size_t niov, 
             break;
         }
         if (n < 0) {
-            int rc = must_wait(errno) ? wait_for(f, events) : errno == EINTR ? 0 : -errno;
+            int rc = must_wait(errno) ? mig_fd_wait(f, events) : errno == EINTR ? 0 : -errno;
 
             if (rc < 0) {
                 return rc;

@@ -443,6 +443,9 @@ struct mig_fd {
     int timeout_ms; /* longest wait for one byte to move, -1 for ever */
 };
 
+/* Waits for these events of poll(), of which there may be none even so: 0, MIG_E_CANCELLED,
+ * MIG_E_TIMEOUT or -errno. */
+int mig_fd_wait(const struct mig_fd *f, short events);
 /* Reads at least `min` and at most `max` bytes, taking more than min only while no wait is
  * needed. Fewer than min means end of file. */
 int64_t mig_fd_read(const struct mig_fd *f, uint8_t *buf, size_t min, size_t max);

@@ -4,11 +4,16 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "clock.h"
 #include "endian.h"
 #include "multifd.h"
+#include "splice.h"
 #include "zerocopy.h"
 
-enum { JOBS_PER_CHANNEL = 2 };
+enum {
+    JOBS_PER_CHANNEL = 2,
+    WORTH_SPLICING = 4, /* pages: fewer are copied sooner */
+};
 
 /* What one channel works with. */
 struct lane {
@@ -23,6 +28,8 @@ struct lane {
     struct mig_coder coder;
     uint8_t *plain, *coded; /* the pages of a packet, before and after the codec */
     size_t max_coded;
+    bool splices, zero_copies; /* pages are taken from where they are, in one way or the other */
+    struct mig_splice splice;
     struct mig_zero_copy zero_copy;
     struct mig_adaptive_lane adaptive;
 };
@@ -157,13 +164,14 @@ int mig_mfd_drain(struct mig_mfd_sender *s)
     return rc;
 }
 
-int mig_mfd_sync(struct mig_mfd_sender *s)
+int mig_mfd_sync(struct mig_mfd_sender *s, bool settle)
 {
     int rc;
 
     pthread_mutex_lock(&s->lock);
     wait_until_sent(s);
     s->syncs++;
+    s->settle = settle;
     pthread_cond_broadcast(&s->work);
     while (!all_synced(s) && !state(s)) {
         pthread_cond_wait(&s->done, &s->lock);
@@ -190,6 +198,9 @@ void mig_mfd_stop(struct mig_mfd_sender *s) { set(s, &s->stopped); }
 
 static void close_lane(struct lane *l)
 {
+    if (l->splices) {
+        mig_splice_close(&l->splice);
+    }
     mig_encoder_close(&l->coder);
     mig_adaptive_lane_close(&l->adaptive);
     free(l->packet.page);
@@ -217,7 +228,9 @@ static int open_lane(struct lane *l)
         (codes && (!l->plain || !l->coded))) {
         return MIG_E_NOMEM;
     }
-    if (s->zero_copy) {
+    l->splices = s->codec == MIG_CODEC_NONE && mig_splice_open(&l->splice, l->fd);
+    l->zero_copies = s->zero_copy && !l->splices;
+    if (l->zero_copies) {
         int rc = mig_zero_copy_open(&l->zero_copy, l->fd);
 
         if (rc < 0) {
@@ -313,10 +326,23 @@ static int64_t adapt(struct lane *l, const struct mig_mfd_job *job)
     return n < 0 ? n : 1 + n;
 }
 
+/* The header is written anew for the next packet: only pages may be read later. */
+static int64_t send_in_place(struct lane *l, size_t npieces)
+{
+    int64_t pages = 0, head = l->splices ? mig_fd_writev(l->fd, l->iov, 1)
+                                         : mig_zero_copy_put(&l->zero_copy, l->iov, 1);
+
+    if (head >= 0 && npieces) {
+        pages = l->splices ? mig_splice_writev(&l->splice, l->iov + 1, npieces)
+                           : mig_zero_copy_writev(&l->zero_copy, l->iov + 1, npieces);
+    }
+    return head < 0 ? head : pages < 0 ? pages : head + pages;
+}
+
 static int64_t send_packet(struct lane *l, size_t niov)
 {
     struct mig_mfd_packet *p = &l->packet;
-    int64_t head, rest;
+    bool in_place = l->zero_copies || (l->splices && p->normal >= WORTH_SPLICING);
 
     p->number = __atomic_fetch_add(&l->s->packet_number, 1, __ATOMIC_RELAXED);
     mig_mfd_put(p, l->s->page_size, l->head);
@@ -324,23 +350,14 @@ static int64_t send_packet(struct lane *l, size_t niov)
                                .iov_len = mig_mfd_packet_nbytes(l->s->page_size)};
     if (l->s->codec == MIG_CODEC_ADAPTIVE) {
         double began = mig_now();
+        int64_t sent = mig_fd_writev(l->fd, l->iov, niov);
 
-        rest = mig_fd_writev(l->fd, l->iov, niov);
-        if (rest > 0) {
-            mig_adaptive_sent(&l->adaptive, (size_t)rest, mig_now() - began);
+        if (sent > 0) {
+            mig_adaptive_sent(&l->adaptive, (size_t)sent, mig_now() - began);
         }
-        return rest;
+        return sent;
     }
-    if (!l->s->zero_copy) {
-        return mig_fd_writev(l->fd, l->iov, niov);
-    }
-    /* the header is written anew for the next packet: only pages may be taken from where they are */
-    head = mig_zero_copy_put(&l->zero_copy, l->iov, 1);
-    if (head < 0 || niov == 1) {
-        return head;
-    }
-    rest = mig_zero_copy_writev(&l->zero_copy, l->iov + 1, niov - 1);
-    return rest < 0 ? rest : head + rest;
+    return in_place ? send_in_place(l, niov - 1) : mig_fd_writev(l->fd, l->iov, niov);
 }
 
 static int64_t send_pages(struct lane *l, const struct mig_mfd_job *job)
@@ -377,24 +394,28 @@ static int64_t send_pages(struct lane *l, const struct mig_mfd_job *job)
     return send_packet(l, (size_t)niov);
 }
 
-static int64_t send_sync(struct lane *l)
+static int64_t send_sync(struct lane *l, bool settle)
 {
     struct mig_mfd_packet *p = &l->packet;
-    int64_t rc = 0;
+    int64_t rc = 0, settled = 0;
 
-    if (l->s->zero_copy) {
+    if (l->zero_copies) {
         rc = mig_zero_copy_settle(&l->zero_copy);
     }
     memset(p->name, 0, sizeof(p->name));
     p->flags = MIG_MFD_SYNC;
     p->normal = p->zero = p->next_size = 0;
-    return rc < 0 ? rc : send_packet(l, 1);
+    rc = rc < 0 ? rc : send_packet(l, 1);
+    if (rc >= 0 && settle && l->splices) {
+        settled = mig_splice_settle(&l->splice);
+    }
+    return settled < 0 ? settled : rc;
 }
 
 enum task { STOP, SYNC, JOB };
 
 /* What the channel is to do next. With the lock held. */
-static enum task next(const struct lane *l, size_t *number)
+static enum task next(const struct lane *l, size_t *number, bool *settle)
 {
     struct mig_mfd_sender *s = l->s;
 
@@ -409,6 +430,7 @@ static enum task next(const struct lane *l, size_t *number)
             return JOB;
         }
         if (s->synced[l->id] < s->syncs) {
+            *settle = s->settle;
             return SYNC;
         }
         if (s->finished) {
@@ -444,7 +466,7 @@ static void sync_is_done(struct lane *l)
     struct mig_mfd_sender *s = l->s;
 
     s->synced[l->id]++;
-    if (s->zero_copy) {
+    if (l->zero_copies) {
         s->copied += mig_zero_copy_missed(&l->zero_copy);
     }
 }
@@ -455,17 +477,18 @@ static int64_t work(struct lane *l)
     struct mig_mfd_sender *s = l->s;
     int64_t rc = 0;
     size_t number = 0;
+    bool settle = false;
 
     pthread_mutex_lock(&s->lock);
     for (;;) {
-        enum task what = next(l, &number);
+        enum task what = next(l, &number, &settle);
 
         if (what == STOP) {
             rc = state(s);
             break;
         }
         pthread_mutex_unlock(&s->lock);
-        rc = what == JOB ? send_pages(l, &s->jobs[number]) : send_sync(l);
+        rc = what == JOB ? send_pages(l, &s->jobs[number]) : send_sync(l, settle);
         pthread_mutex_lock(&s->lock);
         note(s, rc);
         if (rc < 0) {

@@ -53,7 +53,7 @@ cdef extern from "multifd.h" nogil:
     int mig_mfd_send(mig_mfd_sender *s, const mig_pages *pages, uint64_t address, const char *name,
                      size_t name_len, const uint64_t *index, size_t n, bint scan)
     int mig_mfd_drain(mig_mfd_sender *s)
-    int mig_mfd_sync(mig_mfd_sender *s)
+    int mig_mfd_sync(mig_mfd_sender *s, bint settle)
     void mig_mfd_finish(mig_mfd_sender *s)
     void mig_mfd_stop(mig_mfd_sender *s)
     int mig_mfd_send_channel(mig_mfd_sender *s, const mig_kernels *k, unsigned id,
@@ -167,7 +167,8 @@ cdef class MultifdSender:
     compression: "none", "zlib", "zstd" or "adaptive", with its level (adaptive: zstd's)
     cache_size:  bytes of the cache of pages sent before, for "adaptive"; 0: no differences
     uuid:        16 bytes
-    zero_copy:   have the kernel read the pages from where they are (TCP)
+    zero_copy:   have the kernel read the pages from where they are; over unix sockets of a Linux
+                 that can it always does, without compression
 
     `send`, `sync`, `finish` and `stop` belong to one thread (`stop` to any), `run` to one thread
     per channel.
@@ -202,6 +203,8 @@ cdef class MultifdSender:
              bint scan, uint64_t address=0):
         """Queue pages index[...] of the block; the pages must stay until the next `sync`.
 
+        What is written to them before a `sync` that settles may arrive in place of what was there.
+
         address: of the block, in the space that the cache of differences is addressed by
         scan: look for zero pages in the channels; pages without storage are always zero
         """
@@ -227,11 +230,14 @@ cdef class MultifdSender:
             rc = mig_mfd_drain(&self.c)
         check_lanes(rc)
 
-    def sync(self):
-        """Return when all is sent, and a SYNC behind it on every channel."""
+    def sync(self, *, bint settle=False):
+        """Return when all is sent, and a SYNC behind it on every channel.
+
+        settle: and nobody reads the pages any more, which a unix socket may until the other end has
+        """
         cdef int rc
         with nogil:
-            rc = mig_mfd_sync(&self.c)
+            rc = mig_mfd_sync(&self.c, settle)
         check_lanes(rc)
 
     def adapt(self, *, uint64_t generation, bint caching, bint last_stage, double link):

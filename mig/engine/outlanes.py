@@ -92,7 +92,7 @@ class OutgoingLanes:
         self._sender.note_zeros(index, address)
 
     def send(self, block: SourceBlock, index: PageIndex, *, scan: bool, address: int) -> None:
-        """Queue pages; they are read later, until the next sync."""
+        """Queue pages; they are read later, until a sync that settles."""
         self._do(
             lambda: self._sender.send(
                 block.pages, block.idstr.encode("ascii"), index, scan, address
@@ -103,9 +103,9 @@ class OutgoingLanes:
         """Wait until all is sent."""
         self._do(self._sender.drain)
 
-    def sync(self) -> None:
-        """Wait until all is sent, and put a mark behind it."""
-        self._do(self._sender.sync)
+    def sync(self, *, settle: bool = False) -> None:
+        """Wait until all is sent, and put a mark behind it; settle: until all is read, too."""
+        self._do(lambda: self._sender.sync(settle=settle))
 
     def _do(self, work: Callable[[], None]) -> None:
         try:
