@@ -132,12 +132,13 @@ def main() -> None:
     old = ""
     if given.update is not None and given.update.exists():
         old = given.update.read_text(encoding="utf-8")
+    results = [json.loads(path.read_text(encoding="utf-8")) for path in given.results]
     try:
         page = Page(old)
+        changes = update(page, results)
     except ValueError as error:
         sys.exit(f"{given.update}: {error}")
-    results = [json.loads(path.read_text(encoding="utf-8")) for path in given.results]
-    for change in update(page, results):
+    for change in changes:
         print(*_remarks(change), sep="\n", file=sys.stderr)
     if given.update is None:
         sys.stdout.write(str(page))
