@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Going over the RAM records of a stream, beside QEMU's script, and a loop in Python with no more.
+"""What is done with captured files, beside QEMU's script, and a loop in Python with no more.
 
 QEMU's scripts/analyze-migration.py is in no package: MIG_QEMU_ANALYZE names one. It runs in this
-process, so that its interpreter's start is not counted.
+process, so that its interpreter's start is not counted. It has no `diff`, which it is beside with
+both files, one after the other; beside `convert` to raw memory it extracts (-x). The programs `cmp`
+and `cp` say what it takes to read or copy the same files; their start is counted.
 
 What a file costs depends on how the kernel holds it: one that was written in large pieces to xfs,
 or to ext4 since Linux 6.16, is mapped in large pieces; one that was read in again, or is in tmpfs,
@@ -15,8 +17,10 @@ import contextlib
 import io
 import os
 import runpy
+import shutil
+import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +29,13 @@ import pytest
 
 import mig
 from mig import _core
+from mig.analysis.check import check
+from mig.analysis.diff import diff
 from mig.wire import RamFlag
 
 from .pages import PAGE
 
+_SCRIPT = "QEMU's script"
 _MIB = 1024
 _SMOKE_MIB = 16
 #: pages of one section, as QEMU sends them in 50 ms
@@ -46,7 +53,7 @@ def npages(smoke: bool) -> int:
 
 @pytest.fixture(scope="module")
 def need_mib(npages: int) -> int:
-    """Twice the larger stream."""
+    """Twice the larger stream: a copy of it, or what becomes of it."""
     return npages * PAGE // (1 << 20) * 2 + 64
 
 
@@ -62,22 +69,26 @@ def _records(first: int, count: int, flag: int) -> bytes:
 
 
 def _write(path: Path, npages: int, kind: str) -> None:
-    """A whole stream of one block. A section goes out by one write."""
+    """A whole stream of one block, each page once. A section goes out by one write."""
     with path.open("wb", buffering=0) as file:
         config = b"\7" + len(b"box").to_bytes(4, "big") + b"box"
         start = b"\1" + _ID + b"\3ram" + bytes(4) + b"\0\0\0\4"
         start += (npages * PAGE | RamFlag.MEM_SIZE).to_bytes(8, "big")
         start += bytes([len(_NAME)]) + _NAME + (npages * PAGE).to_bytes(8, "big") + _EOS + _FOOTER
-        # the block is named by a zero page, which is sent again later
+        # a zero page names the block
         named = int(RamFlag.ZERO).to_bytes(8, "big") + bytes([len(_NAME)]) + _NAME + b"\0"
         file.write(b"QEVM\0\0\0\3" + config + start + b"\2" + _ID + named + _EOS + _FOOTER)
-        for i, first in enumerate(range(0, npages, _PART)):
-            count = min(_PART, npages - first)
+        for i, (first, count) in enumerate(_parts(npages)):
             flag = RamFlag.PAGE if kind == "pages" or (kind == "mixed" and i % 2) else RamFlag.ZERO
             file.write(b"\2" + _ID + _records(first, count, flag) + _EOS + _FOOTER)
         text = b'{"devices": [], "page_size": 4096}'
         length = len(text).to_bytes(4, "big")
         file.write(b"\3" + _ID + _EOS + _FOOTER + b"\0\6" + length + text)
+
+
+def _parts(npages: int) -> list[tuple[int, int]]:
+    """First page and number of pages of each section after the block is named."""
+    return [(first, min(_PART, npages - first)) for first in range(1, npages, _PART)]
 
 
 def _python(path: Path) -> None:
@@ -109,73 +120,91 @@ def _python_records(file: Any) -> None:
             file.read(1)
 
 
-def _script(path: Path) -> Callable[[], None] | None:
-    """QEMU's script on a file."""
+def _script(*arguments: str | Path) -> Callable[[], None] | None:
+    """QEMU's script with these arguments."""
     name = os.environ.get("MIG_QEMU_ANALYZE")
     if not name:
         return None
 
     def run() -> None:
-        arguments, sys.argv = sys.argv, [name, "-f", str(path)]
+        before, sys.argv = sys.argv, [name, *map(str, arguments)]
         try:
             with contextlib.redirect_stdout(io.StringIO()):
                 runpy.run_path(name)
         finally:
-            sys.argv = arguments
+            sys.argv = before
 
     return run
 
 
-@pytest.mark.benchmark(group="Going over RAM records")
-@pytest.mark.parametrize("kind", ["pages", "zeros", "mixed"])
-def test_analyze(compare: Any, fast_folder: Path, npages: int, smoke: bool, kind: str) -> None:
-    """All of `mig.analyze` on a file of one block, in the page cache."""
+def _program(*command: str | Path) -> Callable[[], object]:
+    return lambda: subprocess.run(command, check=True)
+
+
+Peers = dict[str, Callable[[], object] | None]
+Going = Callable[..., None]
+
+
+@pytest.fixture
+def going(compare: Any, fast_folder_type: str, npages: int, smoke: bool) -> Going:
+    """Measures what goes over a file of `holds`; a peer that is None is not there."""
+
+    def measure(
+        command: str, target: Callable[[], object], peers: Peers, holds: str, **more: Any
+    ) -> None:
+        compare(
+            target,
+            {name: peer for name, peer in peers.items() if peer is not None},
+            rounds=2 if smoke else 7,
+            warmup=1,
+            nbytes=npages * PAGE,
+            count=npages,
+            unit="page",
+            **more,
+        )
+        compare.info.update(command=command, holds=holds)
+        compare.info["file system"] = fast_folder_type
+
+    return measure
+
+
+@pytest.fixture
+def vm(fast_folder: Path, npages: int, kind: str) -> Iterator[Path]:
+    """A file of one block."""
     path = fast_folder / "vm"
     _write(path, npages, kind)
-    found = mig.analyze(path)
-    assert found.ok, found.findings
-    assert found.ram is not None
-    assert found.ram.records == npages + 1
-    peers: dict[str, Callable[[], object]] = {"Python": lambda: _python(path)}
-    script = _script(path)
-    if script is not None:
-        peers["QEMU's script"] = script
-    compare(
-        lambda: mig.analyze(path),
-        peers,
-        rounds=2 if smoke else 7,
-        warmup=1,
-        nbytes=npages * PAGE,
-        count=npages,
-        unit="page",
-    )
+    yield path
     path.unlink()
 
 
-@pytest.mark.benchmark(group="Going over RAM records")
-def test_walk_in_memory(compare: Any, fast_folder: Path, npages: int, smoke: bool) -> None:
+_with_kinds = pytest.mark.parametrize("kind", ["pages", "zeros", "mixed"])
+_with_pages = pytest.mark.parametrize("kind", ["pages"])
+
+
+@_with_kinds
+def test_analyze(going: Going, vm: Path, npages: int, kind: str) -> None:
+    """All of `mig.analyze`."""
+    found = mig.analyze(vm)
+    assert found.ok, found.findings
+    assert found.ram is not None
+    assert found.ram.records == npages
+    peers: Peers = {"Python": lambda: _python(vm), _SCRIPT: _script("-f", vm)}
+    going("analyze", lambda: mig.analyze(vm), peers, kind)
+
+
+@_with_pages
+def test_walk_in_memory(going: Going, vm: Path, npages: int, kind: str) -> None:
     """The loop in C by itself: what is left when the file costs nothing."""
-    path = fast_folder / "vm"
-    _write(path, npages, "pages")
-    data = np.fromfile(path, np.uint8)
-    starts = [int(at) for at in _starts(data.tobytes(), npages)]
+    data = np.fromfile(vm, np.uint8)
+    starts = _starts(data.tobytes(), npages)
 
     def walk() -> None:
         walker = _core.RamWalker([(_NAME, npages)], PAGE)
         for at in starts:
             assert walker.walk(data, at, len(data)) == _core.STOP_EOS
-        assert walker.counts(0)["normal"] == npages
+        assert walker.counts(0)["normal"] == npages - 1
 
-    compare(
-        walk,
-        {"Python": lambda: _python(path)},
-        rounds=2 if smoke else 7,
-        warmup=1,
-        nbytes=npages * PAGE,
-        count=npages,
-        unit="page",
-    )
-    path.unlink()
+    going("walk", walk, {"Python": lambda: _python(vm)}, kind)
 
 
 def _starts(data: bytes, npages: int) -> list[int]:
@@ -183,7 +212,72 @@ def _starts(data: bytes, npages: int) -> list[int]:
     at = data.index(b"\2" + _ID) + 5
     starts = [at]
     at = data.index(b"\2" + _ID, at) + 5
-    for first in range(0, npages, _PART):
+    for _, count in _parts(npages):
         starts.append(at)
-        at += min(_PART, npages - first) * (8 + PAGE) + 8 + 5 + 5
+        at += count * (8 + PAGE) + 8 + 5 + 5
     return starts
+
+
+@_with_pages
+def test_check(going: Going, vm: Path, tmp_path: Path, kind: str) -> None:
+    """Against what -dump-vmstate writes for a machine without devices: what the file costs."""
+    dump = tmp_path / "vmstate.json"
+    dump.write_text('{"vmschkmachine": {"Name": "box"}}')
+    assert check(vm, str(dump)).loads
+    peers: Peers = {"Python": lambda: _python(vm), _SCRIPT: _script("-f", vm)}
+    going("check", lambda: check(vm, str(dump)), peers, kind)
+
+
+@_with_pages
+def test_diff(going: Going, vm: Path, fast_folder: Path, kind: str) -> None:
+    """Two files that are the same: all of both is read."""
+    other = fast_folder / "other"
+    shutil.copyfile(vm, other)
+    scripts = [_script("-f", path) for path in (vm, other)]
+
+    def run_scripts() -> None:
+        for script in scripts:
+            if script is not None:
+                script()
+
+    found = diff(vm, other)
+    assert found.equal
+    assert found.uncompared is None
+    peers: Peers = {
+        "cmp": _program("cmp", vm, other),
+        _SCRIPT: run_scripts if all(scripts) else None,
+    }
+    going("diff", lambda: diff(vm, other), peers, kind)
+    other.unlink()
+
+
+@pytest.mark.parametrize("form", ["mapped-ram", "raw"])
+@_with_pages
+def test_convert(going: Going, vm: Path, fast_folder: Path, form: str, kind: str) -> None:
+    """To new files, which are gone before the next."""
+    folder = fast_folder / "out"
+    out = folder / "out"
+    script = _script("-x", "-f", vm)
+
+    def extract() -> None:
+        # what it extracts goes into the folder that it runs in
+        with contextlib.chdir(folder):
+            assert script is not None
+            script()
+
+    def prepare(_: str) -> None:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+
+    peers: Peers = {
+        "cp": _program("cp", vm, out),
+        _SCRIPT: extract if form == "raw" and script else None,
+    }
+    going(
+        f"convert --format {form}",
+        lambda: mig.convert(vm, out, form),
+        peers,
+        kind,
+        prepare=prepare,
+    )
+    shutil.rmtree(folder)

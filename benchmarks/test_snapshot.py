@@ -72,6 +72,7 @@ def test_snapshot(
     benchmark: Any,
     rounds: int,
     fast_folder: Path,
+    fast_folder_type: str,
     guest: mig.ProcessGuest,
     mib: int,
     rate_mib: int,
@@ -114,3 +115,4 @@ def test_snapshot(
         rate=rate_mib << 20,
         memory=mib << 20,
     )
+    benchmark.extra_info["file system"] = fast_folder_type
