@@ -9,7 +9,8 @@ from mig import _core
 from mig.analysis.report import BlockCounts, Finding, RamSummary, Severity
 from mig.errors import StreamError
 from mig.mapped import MappedFile, MappedRamHeader
-from mig.records import BlockInfo, BlockList
+from mig.ram.blocklist import read_block_list
+from mig.records import BlockInfo
 from mig.stream.reader import StreamReader
 from mig.wire import RAM_IDSTR, RamFlag
 
@@ -65,23 +66,16 @@ class RamWalk:
 
     def _walk_to_block_list(self) -> None:
         reader = self._reader
-        at = reader.offset
-        word = reader.u64("a RAM record")
-        flags = word & (self._page_size - 1)
-        if flags == RamFlag.EOS:
-            return
-        if flags != RamFlag.MEM_SIZE:
-            raise reader.error(f"RAM record of flags {flags:#x} before the block list", offset=at)
-        total = word - flags
-        listed = BlockList.read(
+        listed = read_block_list(
             reader,
-            total,
             self._page_size,
             addresses=self._addresses,
             host_pages=self._host_pages,
             mapped=self._mapped_ram,
         )
-        self._blocks, self._total = listed.blocks, total
+        if listed is None:
+            return
+        self._blocks, self._total = listed.blocks, listed.total
         self._in_file = [self._pages_in_file(block) for block in listed.blocks]
         try:
             self._walker = _core.RamWalker(
@@ -90,7 +84,8 @@ class RamWalk:
                 mapped=self._mapped,
             )
         except MemoryError as error:
-            raise reader.error(f"no memory to note the pages of {total} bytes of RAM") from error
+            text = f"no memory to note the pages of {self._total} bytes of RAM"
+            raise reader.error(text) from error
 
     # ---- records ----------------------------------------------------------------------------
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from mig.channel.base import Channel, grow_pipe
+from mig.channel.eventfd import EventFd
 from mig.channel.uri import ExecUri, FdUri, FileUri, TcpUri, UnixUri, Uri, parse_uri
 from mig.errors import CancelledError, ChannelError, IdleTimeoutError
 
@@ -86,17 +87,8 @@ def _inherited(uri: FdUri, timeout: float | None) -> Channel:
 # ---- out -------------------------------------------------------------------------------------
 
 
-class Cancel:
-    """A request to give up that ends waits in poll(). Any thread may set it."""
-
-    def __init__(self) -> None:
-        self.fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-
-    def set(self) -> None:
-        """Make every wait that watches ``fd`` end."""
-        if self.fd >= 0:
-            with contextlib.suppress(BlockingIOError):
-                os.eventfd_write(self.fd, 1)
+class Cancel(EventFd):
+    """A request to give up that ends waits in poll()."""
 
     def wait(self, fds: dict[int, int], timeout: float | None) -> list[int]:
         """Wait for events; returns the ready descriptors.
@@ -119,12 +111,6 @@ class Cancel:
         if not ready:
             raise IdleTimeoutError("timed out")
         return ready
-
-    def close(self) -> None:
-        """Release the descriptor."""
-        if self.fd >= 0:
-            os.close(self.fd)
-            self.fd = -1
 
 
 def _connect_socket(

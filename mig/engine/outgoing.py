@@ -9,7 +9,6 @@ from dataclasses import replace
 from typing import ClassVar
 
 from mig.channel import Channel
-from mig.dirty import DirtyLog
 from mig.engine.agreement import agree_to_adapt
 from mig.engine.blockers import Blockers, Moment, Notifier
 from mig.engine.convergence import Convergence, ConvergencePolicy, Period, PolicyMaker
@@ -18,6 +17,7 @@ from mig.engine.encoding import Encoding, adapts
 from mig.engine.goover import PostcopyPolicy
 from mig.engine.outcheck import check_outgoing, reasons_of, uses_return_path
 from mig.engine.outlanes import open_lanes
+from mig.engine.outmemory import SourceMemory
 from mig.engine.outstats import SentBytes, source_stats
 from mig.engine.postcopysource import PostcopySource
 from mig.engine.preamble import preamble
@@ -32,7 +32,7 @@ from mig.guest import SourceGuest, UnpluggingGuest
 from mig.options import OUTGOING_CAPABILITIES, Capability, MigMode, Options
 from mig.ram.encode import PageEncoder
 from mig.ram.save import RamSaver
-from mig.ram.search import PageSearch, SourceBlock
+from mig.ram.search import PageSearch
 from mig.records import Command
 from mig.state import OUTGOING, Input, Status, Table
 from mig.stats import MigrationInfo, RamStats
@@ -82,8 +82,7 @@ class OutgoingMigration(PostcopySource):
         self._policy = self._choose_policy(Convergence if policy is None else policy)
         self._blockers = blockers or Blockers()
         self._notifiers = tuple(notifiers)
-        self._pinned: list[SourceBlock] = []
-        self._log: DirtyLog | None = None
+        self._memory: SourceMemory | None = None
         self._precopy: Precopy | None = None
         self._saver: RamSaver | None = None
         self._dirty_limit: DirtyLimit | None = None
@@ -244,17 +243,8 @@ class OutgoingMigration(PostcopySource):
         self._begin_unplug()
         if self.parameters.mode == MigMode.CPR_REBOOT:
             self._stop_guest()
-        blocks = self._guest.source_blocks()
-        for block in blocks:
-            block.pages.pin()
-            self._pinned.append(block)
-        self._start_dirty_log()
-        if Capability.POSTCOPY_RAM in self.capabilities and self._log is None:
-            # a page that was never sent is asked for like any other
-            for block in blocks:
-                block.dirty.set(0, block.pages.npages)
-        search = PageSearch(blocks, self._log, ignore_shared=self._ignores_shared)
-        self._search = search
+        memory = self._memory = SourceMemory(self._guest, self.capabilities)
+        search = self._search = memory.take()
         if self.faults is not None and self.faults.order is not None:
             search.follow(self.faults.order)
         self._requests = self._page_requests(search)
@@ -306,10 +296,6 @@ class OutgoingMigration(PostcopySource):
         if self._dirty_limit is not None and guest_runs:
             self._dirty_limit.period_over(period)
 
-    @property
-    def _ignores_shared(self) -> bool:
-        return Capability.X_IGNORE_SHARED in self.capabilities
-
     # ---- precopy ----------------------------------------------------------------------------
 
     def _postcopy_saver(self, writer: StreamWriter) -> RamSaver:
@@ -336,13 +322,6 @@ class OutgoingMigration(PostcopySource):
             unplugging.wait()
             self._move(Input.UNPLUGGED)
         self._mark("connected")
-
-    def _start_dirty_log(self) -> None:
-        if Capability.BACKGROUND_SNAPSHOT in self.capabilities:
-            return  # a page is sent once
-        self._log = self._guest.dirty_log()
-        if self._log is not None:
-            self._log.start()
 
     def _send_start(self, channel: Channel, writer: StreamWriter, search: PageSearch) -> None:
         if uses_return_path(self.capabilities):
@@ -441,10 +420,8 @@ class OutgoingMigration(PostcopySource):
                 stack.callback(self._guest.throttle, 0)
             if self._dirty_limit is not None:
                 stack.callback(self._dirty_limit.end)
-            if self._log is not None:
-                stack.callback(self._log.stop)
-            for block in self._pinned:
-                stack.callback(block.pages.unpin)
+            if self._memory is not None:
+                stack.callback(self._memory.release)
             stack.callback(self._close_requests)
             stack.callback(self._close_channel)
             if failed and self._return_path is not None and self._handed_over is None:

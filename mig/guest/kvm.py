@@ -16,9 +16,8 @@ from mig.errors import KvmError, KvmUnavailableError, MigError, MismatchError
 from mig.guest.base import VcpuThrottle
 from mig.guest.clock import decode_moment, encode_moment
 from mig.guest.kvmstate import IDSTR, PARTS, VERSION, decode_state, encode_state
-from mig.guest.memory import MemoryGuest
+from mig.guest.vcpus import VcpuGuest
 from mig.memory import GuestMemory
-from mig.records import BlockInfo, Configuration
 from mig.savevm.devices import DeviceState
 
 MACHINE = "mig-kvm"
@@ -116,7 +115,7 @@ class _RingVcpus:
         self._vm.limit(vcpu, share)
 
 
-class KvmGuest(MemoryGuest):
+class KvmGuest(VcpuGuest):
     """A MemoryGuest whose memory is written by vCPUs of /dev/kvm.
 
     memory:       its RAM, of pages of 4 KiB; the first block holds the program
@@ -169,7 +168,6 @@ class KvmGuest(MemoryGuest):
             vm.close()
             raise
         self._running = False
-        self._incomplete = False  # a stream is being loaded, or its load was given up
         # of time.monotonic(): when it was asked to stop here, and where it comes from
         self._asked_at = 0.0
         self._stopped_at: float | None = None
@@ -320,33 +318,9 @@ class KvmGuest(MemoryGuest):
 
     # ---- devices ------------------------------------------------------------------------------
 
-    def configure(self, configuration: Configuration | None) -> None:
-        """MismatchError unless the stream is of such a guest; MigError while this one runs."""
-        if self._running:
-            raise MigError("this guest runs: its memory cannot be loaded")
-        super().configure(configuration)
-
-    def open_blocks(self, blocks: Sequence[BlockInfo], page_size: int) -> None:
-        """MismatchError unless the blocks are this guest's. What it held before is given up."""
-        super().open_blocks(blocks, page_size)
-        self._incomplete = True
-
-    def postcopy_run(self) -> None:
-        """Let the vCPUs run, whose memory comes when they touch it."""
-        self._incomplete = False
-        # who waits first is the first vCPU
-        self.vcpu_threads = [0] * len(self.vcpus)
-        super().postcopy_run()
-
-    def postcopy_abandon(self) -> None:
-        """Stop the vCPUs; what is there of their memory does not run."""
-        super().postcopy_abandon()
-        self._incomplete = True
-
-    def commit(self) -> None:
-        """The guest is all here: resume() may be called."""
-        super().commit()
-        self._incomplete = False
+    @property
+    def _nvcpus(self) -> int:
+        return len(self.vcpus)
 
     def load_devices(self, state: DeviceState) -> None:
         """Give the sections to the devices; MismatchError unless every vCPU has one."""

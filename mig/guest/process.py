@@ -15,9 +15,9 @@ from mig.dirty import DirtyLog, SharedDirtyLog
 from mig.errors import MigError, MismatchError
 from mig.guest import clock
 from mig.guest.base import VcpuThrottle
-from mig.guest.memory import MemoryGuest
+from mig.guest.vcpus import VcpuGuest
 from mig.memory import GuestMemory
-from mig.records import BlockInfo, Configuration
+from mig.records import BlockInfo
 from mig.savevm.devices import DeviceState
 from mig.savevm.registry import DeviceRegistry
 from mig.wire import DEFAULT_PAGE_BITS
@@ -185,7 +185,7 @@ class _Workers:
         self._workload.limit(vcpu, share)
 
 
-class ProcessGuest(MemoryGuest):
+class ProcessGuest(VcpuGuest):
     """A guest whose vCPUs are threads of this process, which write its memory.
 
     nbytes:      of RAM block `ram`; block `ledger` comes on top, 8 bytes for each page
@@ -236,7 +236,6 @@ class ProcessGuest(MemoryGuest):
         super().__init__(_MACHINE, memory, devices, dirty=self._make_log(memory, dirty))
         self._workload: _core.Workload | None = None
         self._running = False
-        self._incomplete = False  # a stream is being loaded
 
     def _make_log(
         self, memory: GuestMemory, dirty: Literal["marked"] | Callable[[GuestMemory], DirtyLog]
@@ -325,34 +324,14 @@ class ProcessGuest(MemoryGuest):
 
     # ---- destination ------------------------------------------------------------------------
 
-    def configure(self, configuration: Configuration | None) -> None:
-        """MismatchError unless the stream is of a process guest; MigError while this one runs."""
-        if self._running:
-            raise MigError("this guest runs: its memory cannot be loaded")
-        super().configure(configuration)
+    @property
+    def _nvcpus(self) -> int:
+        return self._load.workers
 
     def open_blocks(self, blocks: Sequence[BlockInfo], page_size: int) -> None:
-        """MismatchError unless the blocks are this guest's. What it held before is given up."""
+        """MismatchError unless the blocks are this guest's. Its workers are given up."""
         super().open_blocks(blocks, page_size)
         self._drop_workload()
-        self._incomplete = True
-
-    def postcopy_run(self) -> None:
-        """Let the workers run, whose memory comes when they touch it."""
-        self._incomplete = False
-        # who waits first is the first worker
-        self.vcpu_threads = [0] * self._load.workers
-        super().postcopy_run()
-
-    def postcopy_abandon(self) -> None:
-        """Stop the workers, which are given up with their memory."""
-        super().postcopy_abandon()
-        self._incomplete = True
-
-    def commit(self) -> None:
-        """The guest is all here: resume() may be called."""
-        super().commit()
-        self._incomplete = False
 
     def abort(self) -> None:
         """Release the memory, with nobody to write it: the guest runs on at the source."""

@@ -246,9 +246,20 @@ class Image(StandingStill, ABC):
         raise KeyError((idstr, instance_id))
 
     @property
-    @abstractmethod
     def blocks(self) -> tuple[BlockSummary, ...]:
         """The RAM blocks in the order of the block list."""
+        out = []
+        for number, block in enumerate(self._contents.blocks):
+            data, zero = self._count(number)
+            missing = block.npages(self.page_size) - data - zero
+            out.append(
+                BlockSummary(block.idstr, block.used_length, data, zero, missing, block.address)
+            )
+        return tuple(out)
+
+    @abstractmethod
+    def _count(self, number: int) -> tuple[int, int]:
+        """Return how many pages of that block have contents, and how many are zero."""
 
     @property
     @abstractmethod
@@ -287,9 +298,30 @@ class Image(StandingStill, ABC):
             kept = self._kept
         return [replace(block, dirty=block.dirty.copy()) for block in kept]
 
-    @abstractmethod
     def _make_blocks(self) -> list[SourceBlock]:
         """Return the blocks; their dirty bitmaps say which pages the file has."""
+        out = []
+        for number, block in enumerate(self._contents.blocks):
+            pages, dirty, left_out = self._stored_pages(number)
+            out.append(
+                SourceBlock(
+                    block.idstr,
+                    block.used_length,
+                    pages,
+                    detect_zero=False,
+                    dirty=dirty,
+                    # left out once, left out again
+                    shared=left_out,
+                    address=block.address,
+                )
+            )
+        return out
+
+    @abstractmethod
+    def _stored_pages(self, number: int) -> tuple[_core.Pages, _core.Bitmap, bool]:
+        """Return the pages of that block, which of them the file has, and whether it is one that
+        was left out because its memory is shared.
+        """
 
     def save_devices(self) -> bytes:
         """Return the device state as it was received."""

@@ -11,10 +11,9 @@ import numpy as np
 
 from mig import _core
 from mig.errors import ChannelError, StreamError
-from mig.image.base import BlockPages, BlockSummary, Contents, Image
+from mig.image.base import BlockPages, Contents, Image
 from mig.mapped import MappedFile
 from mig.pages import PageIndex
-from mig.ram.search import SourceBlock
 from mig.records import BlockInfo
 from mig.wire import DEFAULT_PAGE_BITS
 
@@ -59,6 +58,8 @@ class MappedImage(Image):
 
     Opening reads headers, bitmaps and what is behind RAM, and no page. A StreamError tells what is
     wrong with them.
+
+    Of the pages of `blocks` only those of shared memory are missing.
     """
 
     format = "mapped-ram"
@@ -96,19 +97,13 @@ class MappedImage(Image):
 
     # ---- looking ----------------------------------------------------------------------------
 
-    @property
-    def blocks(self) -> tuple[BlockSummary, ...]:
-        """The RAM blocks in the order of the block list; only what is shared is missing."""
-        out = []
-        for block, stored in zip(self._contents.blocks, self._stored, strict=True):
-            npages = block.npages(self.page_size)
-            data = 0 if stored is None else stored.count()
-            zero = 0 if stored is None else npages - data
-            missing = npages - data - zero
-            out.append(
-                BlockSummary(block.idstr, block.used_length, data, zero, missing, block.address)
-            )
-        return tuple(out)
+    def _count(self, number: int) -> tuple[int, int]:
+        # what the file has no page of is zero
+        stored = self._stored[number]
+        if stored is None:
+            return 0, 0
+        data = stored.count()
+        return data, len(stored) - data
 
     @property
     def pages(self) -> Mapping[str, BlockPages]:
@@ -186,29 +181,14 @@ class MappedImage(Image):
 
     # ---- sending ----------------------------------------------------------------------------
 
-    def _make_blocks(self) -> list[SourceBlock]:
-        out = []
-        for number, block in enumerate(self._contents.blocks):
-            stored, npages = self._stored[number], block.npages(self.page_size)
-            if stored is None:
-                where = np.zeros(npages, dtype=np.int64)
-                pages = _core.Pages(b"", self.page_size, where=where)
-            else:
-                region = self._region(number, self._view)
-                pages = _core.Pages(region, self.page_size, stored=stored)
-            out.append(
-                SourceBlock(
-                    block.idstr,
-                    block.used_length,
-                    pages,
-                    detect_zero=False,
-                    dirty=_core.Bitmap(npages, fill=stored is not None),
-                    # left out once, left out again
-                    shared=stored is None,
-                    address=block.address,
-                )
-            )
-        return out
+    def _stored_pages(self, number: int) -> tuple[_core.Pages, _core.Bitmap, bool]:
+        stored, npages = self._stored[number], self._contents.blocks[number].npages(self.page_size)
+        dirty = _core.Bitmap(npages, fill=stored is not None)
+        if stored is None:
+            where = np.zeros(npages, dtype=np.int64)
+            return _core.Pages(b"", self.page_size, where=where), dirty, True
+        region = self._region(number, self._view)
+        return _core.Pages(region, self.page_size, stored=stored), dirty, False
 
     def close(self) -> None:
         """Unmap the file; BufferError while a migration sends from it, or `pages` are in use."""

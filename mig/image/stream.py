@@ -10,13 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mig import _core
-from mig.image.base import BlockPages, BlockSummary, Contents, Image, PageBytes
+from mig.image.base import BlockPages, Contents, Image, PageBytes
 from mig.pages import PagePlaces
-from mig.ram.search import SourceBlock
 from mig.records import BlockInfo
 from mig.wire import DEFAULT_PAGE_BITS
-
-__all__ = ["BlockSummary", "StreamImage"]
 
 
 class _Index(Contents):
@@ -111,18 +108,9 @@ class StreamImage(Image):
         self._map.madvise(mmap.MADV_NORMAL)
         self._places = index.places
 
-    @property
-    def blocks(self) -> tuple[BlockSummary, ...]:
-        """The RAM blocks in the order of the block list."""
-        out = []
-        for block, places in zip(self._contents.blocks, self._places, strict=True):
-            data = int(np.count_nonzero(places > 0))
-            zero = int(np.count_nonzero(places == _core.PAGE_ZERO))
-            missing = len(places) - data - zero
-            out.append(
-                BlockSummary(block.idstr, block.used_length, data, zero, missing, block.address)
-            )
-        return tuple(out)
+    def _count(self, number: int) -> tuple[int, int]:
+        places = self._places[number]
+        return int(np.count_nonzero(places > 0)), int(np.count_nonzero(places == _core.PAGE_ZERO))
 
     @property
     def pages(self) -> Mapping[str, BlockPages]:
@@ -144,23 +132,10 @@ class StreamImage(Image):
             return bytes(self.page_size)
         return bytes(self._view[place : place + self.page_size])
 
-    def _make_blocks(self) -> list[SourceBlock]:
-        out = []
-        for block, places in zip(self._contents.blocks, self._places, strict=True):
-            pages = _core.Pages(self._view, self.page_size, where=places)
-            dirty = _core.Bitmap(len(places))
-            bits = np.packbits(places != _core.PAGE_NONE, bitorder="little")
-            np.asarray(dirty).view(np.uint8)[: len(bits)] = bits
-            out.append(
-                SourceBlock(
-                    block.idstr,
-                    block.used_length,
-                    pages,
-                    detect_zero=False,
-                    dirty=dirty,
-                    # left out once, left out again
-                    shared=block.address is not None and not bits.any(),
-                    address=block.address,
-                )
-            )
-        return out
+    def _stored_pages(self, number: int) -> tuple[_core.Pages, _core.Bitmap, bool]:
+        places = self._places[number]
+        dirty = _core.Bitmap(len(places))
+        bits = np.packbits(places != _core.PAGE_NONE, bitorder="little")
+        np.asarray(dirty).view(np.uint8)[: len(bits)] = bits
+        left_out = self._contents.blocks[number].address is not None and not bits.any()
+        return _core.Pages(self._view, self.page_size, where=places), dirty, left_out

@@ -35,22 +35,24 @@ def packing_of(start: bytes) -> str | None:
 
 
 class _Engine(Protocol):
-    """One member of a compressed file; these have more, one behind the other."""
+    """One member of a compressed file, which may have more of them; bz2 and lzma have such ones."""
 
     @property
     def eof(self) -> bool: ...
     @property
     def unused_data(self) -> bytes: ...
 
-    def step(self, data: bytes, limit: int) -> bytes:
-        """Take more of the file, give ``limit`` bytes at most."""
+    def decompress(self, data: bytes, max_length: int, /) -> bytes:
+        """Take more of the file, give ``max_length`` bytes at most."""
 
     @property
-    def hungry(self) -> bool:
+    def needs_input(self) -> bool:
         """Whether it gives nothing more unless it gets more."""
 
 
-class _Zlib:
+class _Gzip:
+    """zlib's, which leaves it to its caller to keep what it has not used yet."""
+
     def __init__(self) -> None:
         # 31: with the header of gzip
         self._it = zlib.decompressobj(31)
@@ -64,39 +66,17 @@ class _Zlib:
         return self._it.unused_data
 
     @property
-    def hungry(self) -> bool:
+    def needs_input(self) -> bool:
         return not self._it.unconsumed_tail
 
-    def step(self, data: bytes, limit: int) -> bytes:
-        return self._it.decompress(self._it.unconsumed_tail + data, limit)
-
-
-class _Buffered:
-    """bzip2 and xz, which keep what they have not used yet."""
-
-    def __init__(self, it: bz2.BZ2Decompressor | lzma.LZMADecompressor) -> None:
-        self._it = it
-
-    @property
-    def eof(self) -> bool:
-        return self._it.eof
-
-    @property
-    def unused_data(self) -> bytes:
-        return self._it.unused_data
-
-    @property
-    def hungry(self) -> bool:
-        return self._it.needs_input
-
-    def step(self, data: bytes, limit: int) -> bytes:
-        return self._it.decompress(data, limit)
+    def decompress(self, data: bytes, max_length: int, /) -> bytes:
+        return self._it.decompress(self._it.unconsumed_tail + data, max_length)
 
 
 _ENGINES: Final[dict[str, Callable[[], _Engine]]] = {
-    "gzip": _Zlib,
-    "bzip2": lambda: _Buffered(bz2.BZ2Decompressor()),
-    "xz": lambda: _Buffered(lzma.LZMADecompressor(format=lzma.FORMAT_XZ, memlimit=_MAX_WINDOW)),
+    "gzip": _Gzip,
+    "bzip2": bz2.BZ2Decompressor,
+    "xz": lambda: lzma.LZMADecompressor(format=lzma.FORMAT_XZ, memlimit=_MAX_WINDOW),
 }
 
 
@@ -118,13 +98,13 @@ class _Members:
                     # padding may follow, as behind a tape's last block
                     return b""
                 self._engine, data = self._new(), rest
-            elif self._engine.hungry:
+            elif self._engine.needs_input:
                 data = self._file.read(_CHUNK)
                 if not data:
                     raise EOFError("the compressed data end too early")
             else:
                 data = b""
-            out = self._engine.step(data, limit)
+            out = self._engine.decompress(data, limit)
             if out:
                 return out
 

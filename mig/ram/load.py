@@ -9,7 +9,8 @@ from typing import Protocol, runtime_checkable
 from mig import _core
 from mig.errors import MismatchError, StreamError, UnsupportedError
 from mig.mapped import MappedFile
-from mig.records import BlockInfo, BlockList
+from mig.ram.blocklist import read_block_list
+from mig.records import BlockInfo
 from mig.stats import RamCounters
 from mig.stream.reader import StreamReader
 from mig.wire import RamFlag
@@ -148,21 +149,15 @@ class RamLoader:
     def _load_before_block_list(self) -> None:
         reader = self._reader
         at = reader.offset
-        word = reader.u64("a RAM record")
-        flags = RamFlag(word & (self._page_size - 1))
-        if flags == RamFlag.EOS:
-            return
-        if flags != RamFlag.MEM_SIZE:
-            raise reader.error(f"RAM record {flags!r} before the block list", offset=at)
-        total = word & ~(self._page_size - 1)
-        listed = BlockList.read(
+        listed = read_block_list(
             reader,
-            total,
             self._page_size,
             addresses=self._addresses,
             host_pages=self._host_pages,
             mapped=None if self._mapped is None else self._mapped.file,
         )
+        if listed is None:
+            return
         self.blocks = listed.blocks
         try:
             self._sink.open_blocks(self.blocks, self._page_size)

@@ -13,7 +13,7 @@ from reference.stream import Device
 
 from mig import StreamCapture, StreamImage, _core, open_image
 from mig.errors import ChannelError, MigError, OptionError, StreamError, TruncatedError
-from mig.image.stream import BlockSummary
+from mig.image import BlockSummary
 from mig.savevm.load import StreamLoader
 from mig.stream.reader import StreamReader
 
