@@ -13,11 +13,15 @@ enum { MAX_IOV = 1024 }; /* IOV_MAX of Linux */
 
 int mig_fd_wait(const struct mig_fd *f, short events)
 {
-    struct pollfd fds[2] = {{.fd = f->fd, .events = events}, {.fd = f->cancel_fd, .events = POLLIN}};
+    struct pollfd fds[3] = {
+        {.fd = f->fd, .events = events},
+        {.fd = f->cancel_fd, .events = POLLIN},
+        {.fd = f->with ? f->with->fd : -1, .events = POLLRDHUP},
+    };
     int rc;
 
     do {
-        rc = poll(fds, 2, f->timeout_ms);
+        rc = poll(fds, 3, f->timeout_ms);
     } while (rc < 0 && errno == EINTR);
     if (rc < 0) {
         return -errno;
@@ -25,7 +29,7 @@ int mig_fd_wait(const struct mig_fd *f, short events)
     if (rc == 0) {
         return MIG_E_TIMEOUT;
     }
-    return fds[1].revents ? MIG_E_CANCELLED : 0;
+    return fds[1].revents ? MIG_E_CANCELLED : fds[2].revents ? MIG_E_GONE : 0;
 }
 
 static bool must_wait(int error) { return error == EAGAIN || error == EWOULDBLOCK; }

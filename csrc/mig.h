@@ -33,7 +33,7 @@ enum mig_error {
     MIG_E_XBZRLE_LENGTH = -5031,    /* a run of no bytes, or a length of three bytes */
     MIG_E_XBZRLE_PAST_PAGE = -5032, /* a run that goes past the page */
     MIG_E_MAPPED_SHORT = -5040,     /* a file ends before what was found in it */
-    MIG_E_SERVER_GONE = -5041,      /* the connection for urgent pages was closed too early */
+    MIG_E_GONE = -5041,             /* the connection for urgent pages was closed too early */
     MIG_E_SERVER_BROKEN = -5042,    /* somebody else broke off in the middle of the stream */
     MIG_XBZRLE_OVERFLOW = -5033,    /* no error: the encoding does not fit */
 };
@@ -441,6 +441,7 @@ struct mig_fd {
     int cancel_fd; /* readable: give up with MIG_E_CANCELLED; -1: none */
     bool is_socket;
     int timeout_ms; /* longest wait for one byte to move, -1 for ever */
+    const struct mig_fd *with; /* whoever hangs up there is gone here, too: MIG_E_GONE; NULL: none */
 };
 
 /* Waits for these events of poll(), of which there may be none even so: 0, MIG_E_CANCELLED,

@@ -14,12 +14,10 @@
 #include "pageserver.h"
 
 #include <errno.h>
-#include <limits.h>
 #include <poll.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/eventfd.h>
-#include <sys/socket.h>
 #include <unistd.h>
 
 #include "endian.h"
@@ -198,6 +196,8 @@ void mig_server_attach(struct mig_server *s, const struct mig_fd *out, bool besi
     seize(s);
     s->broken = 0;
     s->out = *out;
+    /* who is gone is seen on the return path */
+    s->out.with = beside ? &s->in : NULL;
     s->beside = beside;
     s->detects = detects;
     s->named = -1;
@@ -217,50 +217,6 @@ void mig_server_detach(struct mig_server *s)
     s->out.fd = -1;
     end_turn(s);
     ring(s->kick_fd);
-}
-
-/* Waits until the connection beside takes more: 0. Who is gone is seen on the return path. */
-static int await_room(struct mig_server *s)
-{
-    struct pollfd fds[3] = {
-        {.fd = s->out.fd, .events = POLLOUT},
-        {.fd = s->out.cancel_fd, .events = POLLIN},
-        {.fd = s->in.fd, .events = POLLRDHUP},
-    };
-    int rc = poll(fds, 3, s->out.timeout_ms);
-
-    if (rc < 0) {
-        return errno == EINTR ? 0 : -errno;
-    }
-    if (fds[1].revents) {
-        return MIG_E_CANCELLED;
-    }
-    if (fds[2].revents) {
-        return MIG_E_SERVER_GONE;
-    }
-    return rc ? 0 : MIG_E_TIMEOUT;
-}
-
-static int64_t write_beside(struct mig_server *s, struct iovec *iov, size_t niov)
-{
-    int64_t total = 0;
-
-    while (niov) {
-        struct msghdr msg = {.msg_iov = iov, .msg_iovlen = niov < IOV_MAX ? niov : IOV_MAX};
-        ssize_t n = sendmsg(s->out.fd, &msg, MSG_DONTWAIT | MSG_NOSIGNAL);
-
-        if (n >= 0) {
-            total += n;
-            mig_iov_skip(&iov, &niov, (size_t)n);
-        } else if (errno != EINTR) {
-            int rc = errno == EAGAIN || errno == EWOULDBLOCK ? await_room(s) : -errno;
-
-            if (rc < 0) {
-                return rc;
-            }
-        }
-    }
-    return total;
 }
 
 /* The pages index[0..n) of a block, MIG_SERVER_BATCH at most. */
@@ -285,7 +241,7 @@ static int send_batch(struct mig_server *s, size_t number, const uint64_t *index
     mig_out_copy(q, s->head, s->nhead);
     mig_ram_encode(q, b->pages, names ? b->name : NULL, b->name_len, index, 0, n, s->zero);
     mig_out_copy(q, s->tail, s->ntail);
-    sent = s->beside ? write_beside(s, q->iov, q->niov) : mig_fd_writev(&s->out, q->iov, q->niov);
+    sent = mig_fd_writev(&s->out, q->iov, q->niov);
     if (sent < 0) {
         return (int)sent;
     }
@@ -513,35 +469,25 @@ static int await_bytes(struct mig_server *s)
     }
     /* the destination says nothing there */
     if (fds[3].revents && watches(s)) {
-        break_off(s, MIG_E_SERVER_GONE);
-        return MIG_E_SERVER_GONE;
+        break_off(s, MIG_E_GONE);
+        return MIG_E_GONE;
     }
     return fds[2].revents || fds[3].revents ? 0 : MIG_E_TIMEOUT;
 }
 
-/* Adds what is there to the buffer: 1, or 0 when nothing more comes. */
-static int fill(struct mig_server *s)
+/* Adds what is there to the buffer: how much, 0 when nothing more comes, or an error. */
+static int64_t fill(struct mig_server *s)
 {
-    bool was_reset = false;
-    ssize_t n;
+    struct iovec room;
+    int64_t n;
 
     memmove(s->buf, s->buf + s->start, s->end - s->start);
     s->end -= s->start;
     s->start = 0;
-    for (;;) {
-        n = recv(s->in.fd, s->buf + s->end, sizeof s->buf - s->end, MSG_DONTWAIT);
-        if (n < 0 && errno == ECONNRESET && !was_reset) {
-            /* a unix socket says so before it gives out what the peer had said */
-            was_reset = true;
-        } else if (n >= 0 || errno != EINTR) {
-            break;
-        }
-    }
-    if (n < 0) {
-        return errno == EAGAIN || errno == EWOULDBLOCK ? 1 : -errno;
-    }
-    s->end += (size_t)n;
-    return n > 0;
+    room = (struct iovec){.iov_base = s->buf + s->end, .iov_len = sizeof s->buf - s->end};
+    n = mig_fd_readv_some(&s->in, &room, 1);
+    s->end += n > 0 ? (size_t)n : 0;
+    return n;
 }
 
 int mig_server_run(struct mig_server *s)
@@ -556,9 +502,10 @@ int mig_server_run(struct mig_server *s)
         if (rc == 0) {
             rc = await_bytes(s);
             if (rc == 1) {
-                rc = fill(s);
-                if (rc <= 0) {
-                    return rc;
+                int64_t n = fill(s);
+
+                if (n <= 0) {
+                    return (int)n;
                 }
             } else if (rc < 0) {
                 return rc;

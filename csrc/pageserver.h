@@ -98,7 +98,7 @@ void mig_server_give_turn(struct mig_server *s, bool broken);
 
 /* Reads the return path and answers requests, until something comes that is not one, or none that
  * can be answered: then 0, and it is the next that mig_server_read() gives out. -errno or MIG_E_*,
- * MIG_E_SERVER_GONE when a connection beside was closed before the last page was taken. */
+ * MIG_E_GONE when a connection beside was closed before the last page was taken. */
 int mig_server_run(struct mig_server *s);
 /* Exactly n bytes of the return path; fewer at its end. */
 int64_t mig_server_read(struct mig_server *s, uint8_t *to, size_t n);

@@ -76,7 +76,7 @@ cdef int64_t check(int64_t rc) except -1:
         raise IdleTimeoutError("no byte moved for the idle limit: the other side is stuck or gone")
     if rc == MIG_E_NOMEM:
         raise MemoryError
-    if rc == MIG_E_SERVER_GONE:
+    if rc == MIG_E_GONE:
         raise PeerError("the destination went away: the connection for urgent pages is over")
     if rc == MIG_E_SERVER_BROKEN:
         raise ChannelError("the connection broke off in the middle of what was being sent")

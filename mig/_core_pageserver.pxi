@@ -140,7 +140,6 @@ cdef class PageServer:
         cdef int rc
         if self.source is None:
             raise ValueError("there is no return path")
-        self.c.in_.timeout_ms = self.source.c.timeout_ms
         with nogil:
             rc = mig_server_run(&self.c)
         check(rc)
@@ -155,13 +154,21 @@ cdef class PageServer:
                 raise IndexError(f"{at_least} bytes at {start} of {view.len}")
             if self.source is None:
                 raise ValueError("there is no return path")
-            # it may have been changed since listen()
-            self.c.in_.timeout_ms = self.source.c.timeout_ms
             with nogil:
                 n = mig_server_read(&self.c, <uint8_t *>view.buf + start, at_least)
             return check(n)
         finally:
             PyBuffer_Release(&view)
+
+    @property
+    def timeout(self):
+        """Seconds that reading may wait for a byte, None for ever: that of where it listens."""
+        return self.source.timeout
+
+    @timeout.setter
+    def timeout(self, value):
+        self.source.timeout = value
+        self.c.in_.timeout_ms = self.source.c.timeout_ms
 
     @property
     def last(self):

@@ -37,7 +37,7 @@ cdef extern from "mig.h" nogil:
         MIG_E_XBZRLE_LENGTH
         MIG_E_XBZRLE_PAST_PAGE
         MIG_E_MAPPED_SHORT
-        MIG_E_SERVER_GONE
+        MIG_E_GONE
         MIG_E_SERVER_BROKEN
         MIG_XBZRLE_OVERFLOW
 

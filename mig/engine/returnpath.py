@@ -26,25 +26,6 @@ from mig.wire import RECV_BITMAP_END, RESUME_ACK_READY, ReturnType
 _MOST_PONGS = 64
 
 
-class _Unanswered:
-    """What is left of a return path whose requests are answered before they are seen here."""
-
-    def __init__(self, channel: Channel, requests: PageRequests) -> None:
-        self._channel = channel
-        self._server = requests.server
-
-    @property
-    def timeout(self) -> float | None:
-        return self._channel.timeout
-
-    @timeout.setter
-    def timeout(self, seconds: float | None) -> None:
-        self._channel.timeout = seconds
-
-    def readinto(self, data: bytearray, start: int, at_least: int) -> int:
-        return self._server.readinto(data, start, at_least)
-
-
 class ReturnPath:
     """Reads messages until SHUT.
 
@@ -60,6 +41,8 @@ class ReturnPath:
         requests: PageRequests | None = None,
     ) -> None:
         self._channel = channel
+        # where messages are read; the requests that can be answered are not seen there
+        self._source: Source = channel
         self._on_failure = on_failure
         self._requests = requests
         self._ended = threading.Event()
@@ -97,11 +80,10 @@ class ReturnPath:
             self._end()
 
     def _read(self) -> None:
-        source: Source = self._channel
         if self._requests is not None:
             self._requests.listen(self._channel)
-            source = _Unanswered(self._channel, self._requests)
-        reader = StreamReader(source, buffer_size=4096)
+            self._source = self._requests.server
+        reader = StreamReader(self._source, buffer_size=4096)
         while True:
             message = self._next(reader)
             if message.type == ReturnType.SHUT:
@@ -140,7 +122,7 @@ class ReturnPath:
         with contextlib.suppress(StreamError, ChannelError, CancelledError):
             # a guest that still runs there goes on to ask
             while (left := end - time.monotonic()) > 0:
-                self._channel.timeout = left
+                self._source.timeout = left
                 message = ReturnMessage.read(reader)
                 if message.type == ReturnType.SHUT and message.value:
                     return PeerError(f"the destination reports failure ({message.value:#x})")
