@@ -94,7 +94,8 @@ struct mig_mfd_sender {
     unsigned nchannels;
     enum mig_codec codec;
     int level;
-    bool zero_copy; /* wanted of any socket, or an error; unix sockets do it unasked */
+    bool zero_copy; /* MSG_ZEROCOPY, or an error */
+    bool splice;    /* pages may be read when the other end reads, where that is possible */
     uint8_t uuid[16];
     struct mig_adaptive adaptive;
 
@@ -106,7 +107,6 @@ struct mig_mfd_sender {
     size_t *unused, nunused;            /* stack of the others that nobody is at */
     uint64_t syncs;                     /* SYNCs that every channel has to have sent */
     uint64_t *synced;                   /* that each has */
-    bool settle;                        /* at the last of them: until all is read */
     bool finished, stopped;
 
     uint64_t packet_number;
@@ -118,15 +118,13 @@ struct mig_mfd_sender {
 int mig_mfd_sender_open(struct mig_mfd_sender *s, unsigned nchannels, size_t page_size);
 void mig_mfd_sender_close(struct mig_mfd_sender *s);
 /* Has pages index[0..n) of a block sent, on any channel; waits while enough is queued. 0, or
- * MIG_E_MFD_STOPPED when it was stopped or a channel had an error. What is written to a page until a
- * mig_mfd_sync() that settles may arrive instead of what was there. */
+ * MIG_E_MFD_STOPPED when it was stopped or a channel had an error. */
 int mig_mfd_send(struct mig_mfd_sender *s, const struct mig_pages *pages, uint64_t address,
                  const char *name, size_t name_len, const uint64_t *index, size_t n, bool scan);
 /* Returns when all that was queued is sent. */
 int mig_mfd_drain(struct mig_mfd_sender *s);
-/* Returns when all that was queued is sent, and a SYNC on every channel behind it; `settle`: and no
- * page will be read any more. */
-int mig_mfd_sync(struct mig_mfd_sender *s, bool settle);
+/* Returns when all that was queued is sent, and a SYNC on every channel behind it. */
+int mig_mfd_sync(struct mig_mfd_sender *s);
 /* The channels end when all is sent (at once). */
 void mig_mfd_finish(struct mig_mfd_sender *s);
 void mig_mfd_stop(struct mig_mfd_sender *s);

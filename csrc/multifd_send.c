@@ -12,7 +12,7 @@
 
 enum {
     JOBS_PER_CHANNEL = 2,
-    WORTH_SPLICING = 4, /* pages: fewer are copied sooner */
+    WORTH_SPLICING = 16 << 10, /* bytes: fewer are copied sooner */
 };
 
 /* What one channel works with. */
@@ -28,7 +28,7 @@ struct lane {
     struct mig_coder coder;
     uint8_t *plain, *coded; /* the pages of a packet, before and after the codec */
     size_t max_coded;
-    bool splices, zero_copies; /* pages are taken from where they are, in one way or the other */
+    bool splices;
     struct mig_splice splice;
     struct mig_zero_copy zero_copy;
     struct mig_adaptive_lane adaptive;
@@ -164,14 +164,13 @@ int mig_mfd_drain(struct mig_mfd_sender *s)
     return rc;
 }
 
-int mig_mfd_sync(struct mig_mfd_sender *s, bool settle)
+int mig_mfd_sync(struct mig_mfd_sender *s)
 {
     int rc;
 
     pthread_mutex_lock(&s->lock);
     wait_until_sent(s);
     s->syncs++;
-    s->settle = settle;
     pthread_cond_broadcast(&s->work);
     while (!all_synced(s) && !state(s)) {
         pthread_cond_wait(&s->done, &s->lock);
@@ -228,14 +227,14 @@ static int open_lane(struct lane *l)
         (codes && (!l->plain || !l->coded))) {
         return MIG_E_NOMEM;
     }
-    l->splices = s->codec == MIG_CODEC_NONE && mig_splice_open(&l->splice, l->fd);
-    l->zero_copies = s->zero_copy && !l->splices;
-    if (l->zero_copies) {
+    if (s->zero_copy) {
         int rc = mig_zero_copy_open(&l->zero_copy, l->fd);
 
         if (rc < 0) {
             return rc;
         }
+    } else if (s->splice && s->codec == MIG_CODEC_NONE) {
+        l->splices = mig_splice_open(&l->splice, l->fd);
     }
     if (s->codec == MIG_CODEC_ADAPTIVE) {
         return mig_adaptive_lane_open(&l->adaptive, max_pages, s->page_size, s->level);
@@ -342,7 +341,7 @@ static int64_t send_in_place(struct lane *l, size_t npieces)
 static int64_t send_packet(struct lane *l, size_t niov)
 {
     struct mig_mfd_packet *p = &l->packet;
-    bool in_place = l->zero_copies || (l->splices && p->normal >= WORTH_SPLICING);
+    bool in_place = l->s->zero_copy || (l->splices && p->next_size >= WORTH_SPLICING);
 
     p->number = __atomic_fetch_add(&l->s->packet_number, 1, __ATOMIC_RELAXED);
     mig_mfd_put(p, l->s->page_size, l->head);
@@ -394,28 +393,24 @@ static int64_t send_pages(struct lane *l, const struct mig_mfd_job *job)
     return send_packet(l, (size_t)niov);
 }
 
-static int64_t send_sync(struct lane *l, bool settle)
+static int64_t send_sync(struct lane *l)
 {
     struct mig_mfd_packet *p = &l->packet;
-    int64_t rc = 0, settled = 0;
+    int64_t rc = 0;
 
-    if (l->zero_copies) {
+    if (l->s->zero_copy) {
         rc = mig_zero_copy_settle(&l->zero_copy);
     }
     memset(p->name, 0, sizeof(p->name));
     p->flags = MIG_MFD_SYNC;
     p->normal = p->zero = p->next_size = 0;
-    rc = rc < 0 ? rc : send_packet(l, 1);
-    if (rc >= 0 && settle && l->splices) {
-        settled = mig_splice_settle(&l->splice);
-    }
-    return settled < 0 ? settled : rc;
+    return rc < 0 ? rc : send_packet(l, 1);
 }
 
 enum task { STOP, SYNC, JOB };
 
 /* What the channel is to do next. With the lock held. */
-static enum task next(const struct lane *l, size_t *number, bool *settle)
+static enum task next(const struct lane *l, size_t *number)
 {
     struct mig_mfd_sender *s = l->s;
 
@@ -430,7 +425,6 @@ static enum task next(const struct lane *l, size_t *number, bool *settle)
             return JOB;
         }
         if (s->synced[l->id] < s->syncs) {
-            *settle = s->settle;
             return SYNC;
         }
         if (s->finished) {
@@ -466,7 +460,7 @@ static void sync_is_done(struct lane *l)
     struct mig_mfd_sender *s = l->s;
 
     s->synced[l->id]++;
-    if (l->zero_copies) {
+    if (s->zero_copy) {
         s->copied += mig_zero_copy_missed(&l->zero_copy);
     }
 }
@@ -477,18 +471,17 @@ static int64_t work(struct lane *l)
     struct mig_mfd_sender *s = l->s;
     int64_t rc = 0;
     size_t number = 0;
-    bool settle = false;
 
     pthread_mutex_lock(&s->lock);
     for (;;) {
-        enum task what = next(l, &number, &settle);
+        enum task what = next(l, &number);
 
         if (what == STOP) {
             rc = state(s);
             break;
         }
         pthread_mutex_unlock(&s->lock);
-        rc = what == JOB ? send_pages(l, &s->jobs[number]) : send_sync(l, settle);
+        rc = what == JOB ? send_pages(l, &s->jobs[number]) : send_sync(l);
         pthread_mutex_lock(&s->lock);
         note(s, rc);
         if (rc < 0) {

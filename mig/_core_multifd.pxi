@@ -43,7 +43,7 @@ cdef extern from "multifd.h" nogil:
     struct mig_mfd_sender:
         mig_codec codec
         int level
-        bint zero_copy
+        bint zero_copy, splice
         uint8_t *uuid
         mig_adaptive adaptive
         uint64_t nbytes, nnormal, nzero, copied
@@ -53,7 +53,7 @@ cdef extern from "multifd.h" nogil:
     int mig_mfd_send(mig_mfd_sender *s, const mig_pages *pages, uint64_t address, const char *name,
                      size_t name_len, const uint64_t *index, size_t n, bint scan)
     int mig_mfd_drain(mig_mfd_sender *s)
-    int mig_mfd_sync(mig_mfd_sender *s, bint settle)
+    int mig_mfd_sync(mig_mfd_sender *s)
     void mig_mfd_finish(mig_mfd_sender *s)
     void mig_mfd_stop(mig_mfd_sender *s)
     int mig_mfd_send_channel(mig_mfd_sender *s, const mig_kernels *k, unsigned id,
@@ -167,8 +167,9 @@ cdef class MultifdSender:
     compression: "none", "zlib", "zstd" or "adaptive", with its level (adaptive: zstd's)
     cache_size:  bytes of the cache of pages sent before, for "adaptive"; 0: no differences
     uuid:        16 bytes
-    zero_copy:   have the kernel read the pages from where they are; over unix sockets of a Linux
-                 that can it always does, without compression
+    zero_copy:   have the kernel read the pages from where they are (TCP)
+    splice:      a unix socket may be given the pages themselves: what is written to them before the
+                 other end has read them may arrive in place of what was there
 
     `send`, `sync`, `finish` and `stop` belong to one thread (`stop` to any), `run` to one thread
     per channel.
@@ -178,7 +179,8 @@ cdef class MultifdSender:
     cdef size_t page_size
 
     def __cinit__(self, int nchannels, size_t page_size, *, str compression="none", int level=0,
-                  size_t cache_size=0, bytes uuid=bytes(16), bint zero_copy=False):
+                  size_t cache_size=0, bytes uuid=bytes(16), bint zero_copy=False,
+                  bint splice=False):
         cdef size_t nslots = cache_size // page_size
         if nslots & (nslots - 1):
             raise ValueError(f"cache size {cache_size} is not a power of two of pages")
@@ -190,6 +192,7 @@ cdef class MultifdSender:
         self.c.codec = _CODECS[compression]
         self.c.level = level
         self.c.zero_copy = zero_copy
+        self.c.splice = splice
         if self.c.codec == MIG_CODEC_ADAPTIVE:
             # a difference has no more bytes than its be16 can say
             check(mig_adaptive_open(&self.c.adaptive, nslots if page_size <= 1 << 16 else 0,
@@ -202,8 +205,6 @@ cdef class MultifdSender:
     def send(self, Pages pages not None, bytes name not None, const uint64_t[::1] index not None,
              bint scan, uint64_t address=0):
         """Queue pages index[...] of the block; the pages must stay until the next `sync`.
-
-        What is written to them before a `sync` that settles may arrive in place of what was there.
 
         address: of the block, in the space that the cache of differences is addressed by
         scan: look for zero pages in the channels; pages without storage are always zero
@@ -230,14 +231,11 @@ cdef class MultifdSender:
             rc = mig_mfd_drain(&self.c)
         check_lanes(rc)
 
-    def sync(self, *, bint settle=False):
-        """Return when all is sent, and a SYNC behind it on every channel.
-
-        settle: and nobody reads the pages any more, which a unix socket may until the other end has
-        """
+    def sync(self):
+        """Return when all is sent, and a SYNC behind it on every channel."""
         cdef int rc
         with nogil:
-            rc = mig_mfd_sync(&self.c, settle)
+            rc = mig_mfd_sync(&self.c)
         check_lanes(rc)
 
     def adapt(self, *, uint64_t generation, bint caching, bint last_stage, double link):

@@ -282,6 +282,7 @@ class OutgoingMigration(PostcopySource):
             search.listed[0].pages.page_size,
             configuration.uuid.bytes if configuration and configuration.uuid else bytes(16),
             zero_copy=Capability.ZERO_COPY_SEND in self.capabilities,
+            splice=self._return_path is not None,
             on_error=self._lane_failed,
         )
         with self._lock:

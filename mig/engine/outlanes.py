@@ -92,7 +92,7 @@ class OutgoingLanes:
         self._sender.note_zeros(index, address)
 
     def send(self, block: SourceBlock, index: PageIndex, *, scan: bool, address: int) -> None:
-        """Queue pages; they are read later, until a sync that settles."""
+        """Queue pages; they are read later, until the next sync."""
         self._do(
             lambda: self._sender.send(
                 block.pages, block.idstr.encode("ascii"), index, scan, address
@@ -103,9 +103,9 @@ class OutgoingLanes:
         """Wait until all is sent."""
         self._do(self._sender.drain)
 
-    def sync(self, *, settle: bool = False) -> None:
-        """Wait until all is sent, and put a mark behind it; settle: until all is read, too."""
-        self._do(lambda: self._sender.sync(settle=settle))
+    def sync(self) -> None:
+        """Wait until all is sent, and put a mark behind it."""
+        self._do(self._sender.sync)
 
     def _do(self, work: Callable[[], None]) -> None:
         try:
@@ -147,11 +147,13 @@ def open_lanes(
     uuid: bytes,
     *,
     zero_copy: bool,
+    splice: bool,
     on_error: Callable[[MigError], None],
 ) -> OutgoingLanes:
     """Connect as many channels as the parameters say; they do not send yet.
 
-    uuid: of the guest, 16 bytes
+    uuid:   of the guest, 16 bytes
+    splice: pages may be read when the other end reads: it will say when it has all of them
     """
     level = {
         MultiFDCompression.ZLIB: parameters.multifd_zlib_level,
@@ -166,6 +168,7 @@ def open_lanes(
         cache_size=parameters.xbzrle_cache_size,
         uuid=uuid,
         zero_copy=zero_copy,
+        splice=splice,
     )
     with contextlib.ExitStack() as undo:
         channels: list[Channel] = []

@@ -37,7 +37,7 @@ class Lanes(Protocol):
         """Pages that went raw, as differences, by zstd, and not at all (compression adaptive)."""
 
     def send(self, block: SourceBlock, index: PageIndex, *, scan: bool, address: int) -> None:
-        """Queue pages, which are read later, until a `sync` that settles.
+        """Queue pages, which are read later, until `drain` or `sync`.
 
         scan:    look for zero pages
         address: of the block, when all lie one behind the other
@@ -52,11 +52,8 @@ class Lanes(Protocol):
     def drain(self) -> None:
         """Wait until all is sent."""
 
-    def sync(self, *, settle: bool = False) -> None:
-        """Wait until all is sent, and put a SYNC behind it on every channel.
-
-        settle: and until no page is read any more
-        """
+    def sync(self) -> None:
+        """Wait until all is sent, and put a SYNC behind it on every channel."""
 
 
 class MultifdEncoder(PageEncoder):
@@ -158,8 +155,7 @@ class MultifdEncoder(PageEncoder):
     def end_section(self, kind: SectionType) -> None:
         """Synchronise the channels where the dialect wants it."""
         if kind != SectionType.PART or self._dialect.sync_every_section:
-            # pages of earlier rounds that have changed since are sent again
-            self._sync(settle=kind == SectionType.END)
+            self._sync()
 
     def begin_pass(self) -> None:
         """What was sent before must arrive before what is sent from now on."""
@@ -177,8 +173,8 @@ class MultifdEncoder(PageEncoder):
             return info
         return replace(info, adaptive=AdaptiveStats(*self._lanes.methods))
 
-    def _sync(self, *, settle: bool = False) -> None:
-        self._lanes.sync(settle=settle)
+    def _sync(self) -> None:
+        self._lanes.sync()
         self._sync_due = False
         self._count()
         if not self._dialect.sync_every_section:

@@ -112,6 +112,7 @@ static void ends_open(struct ends *e, enum mig_codec codec, size_t nslots, bool 
     CHECK(mig_mfd_receiver_open(&e->receiver, CHANNELS, PAGE_SIZE) == 0);
     e->sender.codec = e->receiver.codec = codec;
     e->sender.level = 1;
+    e->sender.splice = true;
     if (codec == MIG_CODEC_ADAPTIVE) {
         CHECK(mig_adaptive_open(&e->sender.adaptive, nslots, PAGE_SIZE) == 0);
     }
@@ -263,7 +264,7 @@ static void migrate(enum mig_codec codec, size_t nslots, bool to_log)
         CHECK(mig_mfd_send(&e.sender, &e.from, 0, "ram", 3, index, NPAGES / 2, true) == 0);
         place_odd(&e, to_log);
         CHECK(mig_mfd_drain(&e.sender) == 0);
-        CHECK(mig_mfd_sync(&e.sender, round == ROUNDS - 1) == 0);
+        CHECK(mig_mfd_sync(&e.sender) == 0);
         CHECK(mig_mfd_receive_sync(&e.receiver, 60000) == 0);
     }
     mig_mfd_finish(&e.sender);
@@ -305,11 +306,11 @@ static void lose_a_channel(bool at_source)
         if (i == 3) {
             shutdown(at_source ? e.out[1].fd : e.in[1].fd, SHUT_RDWR);
         }
-        rc = rc ? rc : mig_mfd_sync(&e.sender, i % 2);
+        rc = rc ? rc : mig_mfd_sync(&e.sender);
         rc = rc ? rc : mig_mfd_receive_sync(&e.receiver, 60000);
     }
     CHECK(rc == MIG_E_MFD_STOPPED || rc == MIG_E_MFD_GONE);
-    CHECK(mig_mfd_sync(&e.sender, true) == MIG_E_MFD_STOPPED);
+    CHECK(mig_mfd_sync(&e.sender) == MIG_E_MFD_STOPPED);
     rc = mig_mfd_receive_sync(&e.receiver, 60000);
     CHECK(rc == MIG_E_MFD_STOPPED || rc == MIG_E_MFD_GONE);
     stop(&e);
@@ -343,7 +344,7 @@ static void stop_in_the_middle(void)
     rc = mig_mfd_receive_sync(&e.receiver, 60000);
     CHECK(rc == MIG_E_MFD_STOPPED || rc == MIG_E_MFD_GONE);
     pthread_join(stopper, NULL);
-    CHECK(mig_mfd_sync(&e.sender, true) == MIG_E_MFD_STOPPED);
+    CHECK(mig_mfd_sync(&e.sender) == MIG_E_MFD_STOPPED);
     join(threads);
     ends_close(&e);
 }

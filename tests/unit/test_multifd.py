@@ -26,7 +26,7 @@ from mig import (
     wire,
 )
 from mig.engine.rate import RateLimit
-from mig.errors import MismatchError, OptionError
+from mig.errors import ChannelError, MigError, MismatchError, OptionError
 from mig.events import PassStarted, StatusChanged
 from mig.multifd.dialect import Dialect, dialect_of
 
@@ -484,6 +484,27 @@ def test_pages_go_without_being_copied(made):
     # a loopback always copies: once for every channel that sent pages before a SYNC
     assert 1 <= info.dirty_sync_missed_zero_copy <= 2 * 3
     assert info.multifd_bytes == incoming.query().ram.multifd_bytes
+
+
+def test_unix_sockets_cannot_leave_out_the_copy(made, tmp_path):
+    source, target = Box(11), Box()
+    incoming = made.incoming(target.guest, capabilities=MULTIFD)
+    incoming.listen(f"unix:{tmp_path}/s")
+    outgoing = made.outgoing(source.guest, capabilities=BOTH | {"zero-copy-send"})
+    outgoing.start(incoming.uri)
+    error = error_of(outgoing)
+    assert isinstance(error, ChannelError)
+    assert "multifd channel" in str(error)
+    assert source.calls.count("stop") == source.calls.count("resume")
+    # the stream had begun
+    assert isinstance(error_of(incoming), MigError)
+    incoming = made.incoming(target.guest, capabilities=MULTIFD)
+    incoming.listen(f"unix:{tmp_path}/s")
+    again = made.outgoing(source.guest, capabilities=BOTH)
+    again.start(incoming.uri)
+    assert again.wait(FOREVER)
+    assert incoming.wait(FOREVER)
+    assert target.same_as(source)
 
 
 @pytest.mark.parametrize(
