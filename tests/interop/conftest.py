@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 from interop.kept import KeptBoots
+from workers import shared_folder
 
 from mig.selftest.console import check_ticks
 from mig.selftest.initramfs import write_initramfs
@@ -47,12 +48,7 @@ def initrd(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def kept_boots(tmp_path_factory: pytest.TempPathFactory) -> KeptBoots:
-    folder = tmp_path_factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        folder = folder.parent
-    folder = folder / "kept-boots"
-    folder.mkdir(exist_ok=True)
-    return KeptBoots(folder)
+    return KeptBoots(shared_folder(tmp_path_factory, "kept-boots"))
 
 
 class Mig:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+
+from workers import locked
 
 from mig.selftest.qemu import GuestSpec, Qemu
 
@@ -23,14 +23,6 @@ class Kept:
 
     stream: Path
     console: str
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    # the kernel lets go of it if the process dies
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def _save(qemu: Qemu, stream: Path) -> None:
@@ -61,7 +53,7 @@ class KeptBoots:
         machine = repr((version, replace(spec, initrd=Path())))
         name = hashlib.sha256(machine.encode()).hexdigest()[:16]
         stream, console = (self._folder / f"{name}.{kind}" for kind in ("stream", "console"))
-        with _locked(self._folder / f"{name}.lock"):
+        with locked(self._folder / f"{name}.lock"):
             if not stream.exists():
                 with start() as qemu:
                     qemu.wait_ready()

@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
+from workers import locked
 
 _HERE = Path(__file__).parent
 _CSRC = _HERE.parents[1] / "csrc"
 _FLAGS = ["-g", "-std=gnu11", "-D_GNU_SOURCE", "-Wall", "-Wextra", "-Werror", f"-I{_CSRC}"]
+
+# parts of csrc/, by what they do; what lacks one does not link, and the linker says which
+KERNELS = frozenset(
+    {"bitscan", "bitwords", "cpu", "families", "xbzrle_decode", "xbzrle_encode", "zeropage"}
+)
+CACHE = KERNELS | {"pagecache"}
+PAGES = KERNELS | {"aio", "appender", "bitmap", "pagelog", "ramplace"}
+RECORDS = PAGES | {"ramio"}
 
 
 def tool(name: str, package: str) -> str:
@@ -22,33 +33,55 @@ def tool(name: str, package: str) -> str:
     return path
 
 
-def run(*command: str | Path) -> str:
+def run(*command: str | Path, cwd: str | None = None) -> str:
     """Run a command, which must succeed; return what it printed."""
-    done = subprocess.run(command, capture_output=True, text=True, timeout=250, check=False)
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=250, check=False, cwd=cwd
+    )
     assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-3000:]
     return done.stdout
 
 
-def build(
-    program: Path,
-    compiler: str,
-    sources: Sequence[str],
-    flags: Sequence[str],
-    *,
-    codecs: bool = True,
-) -> Path:
-    """Compile sources of this folder together with csrc/; return the program.
+class Builder:
+    """Compiles each part of csrc/ once for a compiler and its flags, whatever program it is in.
 
-    codecs: False leaves out what needs zlib and zstd, which only this machine's processor has
+    folder: of the objects, which pytest's workers share
     """
-    parts = [path for path in sorted(_CSRC.glob("*.c")) if codecs or not _needs_codecs(path)]
-    libraries = ["-lz", "-lzstd"] if codecs else []
-    files = [*(_HERE / name for name in sources), *parts]
-    run(compiler, *_FLAGS, *files, *flags, *libraries, "-o", program)
-    return program
 
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
 
-def _needs_codecs(path: Path) -> bool:
-    text = path.read_text()
-    headers = ("<zlib.h>", "<zstd.h>", '"codec.h"', '"tally.h"', '"adaptive.h"', '"multifd.h"')
-    return any(header in text for header in headers)
+    def __call__(
+        self,
+        program: Path,
+        compiler: str,
+        sources: Sequence[str],
+        flags: Sequence[str],
+        *,
+        parts: Collection[str],
+        libraries: Sequence[str] = (),
+        linked: Sequence[str] = (),
+    ) -> Path:
+        """Compile sources of this folder together with parts of csrc/; return the program.
+
+        linked: more flags for `sources` and the linker; not for the parts
+        """
+        objects = self._objects(compiler, flags, parts)
+        files = [_HERE / name for name in sources]
+        command = [compiler, *_FLAGS, *flags, *linked, *files, *objects, *libraries]
+        run(*command, "-o", program)
+        return program
+
+    def _objects(self, compiler: str, flags: Sequence[str], parts: Collection[str]) -> list[Path]:
+        name = hashlib.sha256(repr((compiler, *flags)).encode()).hexdigest()[:16]
+        folder = self._folder / name
+        folder.mkdir(exist_ok=True)
+        objects = [folder / f"{part}.o" for part in sorted(parts)]
+        with locked(self._folder / f"{name}.lock"), TemporaryDirectory(dir=self._folder) as new:
+            missing = [path for path in objects if not path.exists()]
+            if missing:
+                files = [_CSRC / f"{path.stem}.c" for path in missing]
+                run(compiler, *_FLAGS, *flags, "-c", *files, cwd=new)
+            for path in missing:
+                (Path(new) / path.name).rename(path)
+        return objects

@@ -6,18 +6,31 @@ import zlib
 from pathlib import Path
 
 import pytest
-from native.programs import build, run, tool
+from native.programs import CACHE, KERNELS, PAGES, RECORDS, Builder, run, tool
 
 from mig import _core
 
+# programs with the same flags share objects
 SANITIZE = [
-    *["-O1", "-fno-omit-frame-pointer"],
+    *["-O1", "-fno-omit-frame-pointer", "-pthread"],
     *["-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
 ]
+RACES = ["-O1", "-fsanitize=thread", "-fno-sanitize-recover=all", "-pthread"]
+CODECS = ["-lz", "-lzstd"]
 DRIVER = [
     *["driver.c", "driver_bitmap.c", "driver_cache.c", "driver_records.c", "driver_xbzrle.c"],
     "simple_xbzrle.c",
 ]
+DRIVEN = RECORDS | CACHE | {"ramdelta"}
+RECEIVER = (
+    PAGES | CACHE | {"adaptive", "codec", "fdio", "mappedlog", "multifd_packet", "multifd_recv"}
+)
+#: by program: the parts of csrc/ that are in it
+FUZZED = {
+    "fuzz_ramio.c": RECORDS | {"compress", "pool", "thread"},
+    "fuzz_xbzrle.c": KERNELS,
+    "fuzz_multifd.c": RECEIVER,
+}
 #: by fuzz target: its sources, and an input to begin with
 TARGETS = {
     "fuzz_ramio": (
@@ -73,34 +86,44 @@ def families_that_ran(output: str) -> set[str]:
     return {name for name, verdict in lines if verdict == "fine"}
 
 
-def test_every_kernel_at_the_end_of_its_memory(tmp_path: Path) -> None:
+def test_every_kernel_at_the_end_of_its_memory(tmp_path: Path, builder: Builder) -> None:
     clang = tool("clang", "clang libclang-rt-dev")
-    program = build(tmp_path / "driver", clang, DRIVER, [*SANITIZE, "-pthread"])
+    program = builder(tmp_path / "driver", clang, DRIVER, SANITIZE, parts=DRIVEN)
     assert families_that_ran(run(program)) == set(_core.kernel_names(usable=True))
 
 
-def test_neon_kernels_on_an_emulated_cpu(tmp_path: Path) -> None:
+def test_neon_kernels_on_an_emulated_cpu(tmp_path: Path, builder: Builder) -> None:
     compiler = tool("aarch64-linux-gnu-gcc", "gcc-aarch64-linux-gnu libc6-dev-arm64-cross")
     emulator = tool("qemu-aarch64-static", "qemu-user-static")
     flags = ["-O2", "-static", "-pthread"]
-    program = build(tmp_path / "driver", compiler, DRIVER, flags, codecs=False)
+    program = builder(tmp_path / "driver", compiler, DRIVER, flags, parts=DRIVEN)
     assert families_that_ran(run(emulator, program)) == {"neon", "scalar"}
 
 
-@pytest.mark.parametrize("sanitizers", ["thread", "address,undefined"])
-def test_multifd_channels_at_both_ends(tmp_path: Path, sanitizers: str) -> None:
+@pytest.mark.parametrize("flags", [RACES, SANITIZE], ids=["thread", "address,undefined"])
+def test_multifd_channels_at_both_ends(tmp_path: Path, builder: Builder, flags: list[str]) -> None:
     clang = tool("clang", "clang libclang-rt-dev")
-    flags = ["-O1", f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all", "-pthread"]
-    program = build(tmp_path / "multifd", clang, ["multifd.c"], flags)
+    parts = RECEIVER | {"multifd_send", "zerocopy"}
+    program = builder(
+        tmp_path / "multifd", clang, ["multifd.c"], flags, parts=parts, libraries=CODECS
+    )
     assert run(program) == "fine\n"
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_fuzz_target(tmp_path: Path, target: str) -> None:
+def test_fuzz_target(tmp_path: Path, builder: Builder, target: str) -> None:
     """A few thousand inputs, so that the target cannot rot; fuzz longer by hand."""
     clang = tool("clang", "clang libclang-rt-dev")
     sources, first = TARGETS[target]
-    program = build(tmp_path / "fuzz", clang, sources, [*SANITIZE, "-fsanitize=fuzzer"])
+    program = builder(
+        tmp_path / "fuzz",
+        clang,
+        sources,
+        [*SANITIZE, "-fsanitize=fuzzer-no-link"],
+        parts=FUZZED[sources[0]],
+        libraries=CODECS,
+        linked=["-fsanitize=fuzzer"],
+    )
     corpus = tmp_path / "corpus"
     corpus.mkdir()
     (corpus / "first").write_bytes(first)

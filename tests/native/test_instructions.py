@@ -11,7 +11,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from native.programs import build, run, tool
+from native.programs import CACHE, Builder, run, tool
 
 FAMILIES = ["avx2", "sse2", "scalar"]
 #: other compilers than gcc 12 do it a little otherwise
@@ -59,8 +59,11 @@ def counted(folder: Path) -> dict[str, dict[str, float]]:
     return counts
 
 
-def test_no_kernel_takes_more_instructions_than_it_did(tmp_path: Path, valgrind: str) -> None:
-    program = build(tmp_path / "program", tool("gcc", "gcc"), ["instructions.c"], ["-O3"])
+def test_no_kernel_takes_more_instructions_than_it_did(
+    tmp_path: Path, builder: Builder, valgrind: str
+) -> None:
+    gcc = tool("gcc", "gcc")
+    program = builder(tmp_path / "program", gcc, ["instructions.c"], ["-O3"], parts=CACHE)
     out = f"--callgrind-out-file={tmp_path}/counts"
     run(valgrind, "-q", "--tool=callgrind", out, program, *FAMILIES)
     (tmp_path / "counts").unlink()
@@ -75,9 +78,12 @@ def test_no_kernel_takes_more_instructions_than_it_did(tmp_path: Path, valgrind:
             assert now <= MARGIN * before, f"{workload}, {family}: {now}, was {before}"
 
 
-def test_what_update_compares_is_what_it_stores(tmp_path: Path, valgrind: str) -> None:
+def test_what_update_compares_is_what_it_stores(
+    tmp_path: Path, builder: Builder, valgrind: str
+) -> None:
     """A guest may write in between, so no byte is loaded again after it was compared."""
-    program = build(tmp_path / "program", tool("gcc", "gcc"), ["reads.c"], ["-O3"])
+    gcc = tool("gcc", "gcc")
+    program = builder(tmp_path / "program", gcc, ["reads.c"], ["-O3"], parts=CACHE)
     trace = tmp_path / "trace"
     output = run(
         valgrind, "--tool=lackey", "--trace-mem=yes", f"--log-file={trace}", program, *FAMILIES

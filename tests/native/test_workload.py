@@ -5,14 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from native.programs import build, run, tool
+from native.programs import Builder, run, tool
 
 SANITIZE = ["-O1", "-fno-omit-frame-pointer", "-pthread", "-fsanitize=thread"]
 
 
-def test_workers_have_no_data_race(tmp_path: Path) -> None:
+def test_workers_have_no_data_race(tmp_path: Path, builder: Builder) -> None:
     compiler = tool("gcc", "gcc")
-    program = build(tmp_path / "workload", compiler, ["workload.c"], SANITIZE)
+    parts = ["bitmap", "contents", "thread", "workload"]
+    program = builder(tmp_path / "workload", compiler, ["workload.c"], SANITIZE, parts=parts)
     assert run(program) == "fine\n"
 
 
