@@ -120,8 +120,10 @@ static void ends_open(struct ends *e, enum mig_codec codec, size_t nslots, bool 
         int fds[2];
 
         CHECK(socketpair(AF_UNIX, SOCK_STREAM, 0, fds) == 0);
-        e->out[i] = (struct mig_fd){fds[0], -1, true, 60000};
-        e->in[i] = (struct mig_fd){fds[1], -1, true, 60000};
+        e->out[i] = e->in[i] = (struct mig_fd){.cancel_fd = -1, .is_socket = true,
+                                               .timeout_ms = 60000};
+        e->out[i].fd = fds[0];
+        e->in[i].fd = fds[1];
     }
     e->source = calloc(NPAGES, PAGE_SIZE);
     e->target = calloc(NPAGES, PAGE_SIZE);

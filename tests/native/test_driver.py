@@ -103,7 +103,7 @@ def test_neon_kernels_on_an_emulated_cpu(tmp_path: Path, builder: Builder) -> No
 @pytest.mark.parametrize("flags", [RACES, SANITIZE], ids=["thread", "address,undefined"])
 def test_multifd_channels_at_both_ends(tmp_path: Path, builder: Builder, flags: list[str]) -> None:
     clang = tool("clang", "clang libclang-rt-dev")
-    parts = RECEIVER | {"multifd_send", "zerocopy"}
+    parts = RECEIVER | {"multifd_send", "splice", "zerocopy"}
     program = builder(
         tmp_path / "multifd", clang, ["multifd.c"], flags, parts=parts, libraries=CODECS
     )
