@@ -2,14 +2,13 @@
  * Reading and writing descriptors to the end, with a cancel descriptor and an idle limit. Sockets
  * are driven with MSG_DONTWAIT; any other descriptor that can block is O_NONBLOCK already. */
 #include <errno.h>
+#include <limits.h>
 #include <poll.h>
 #include <sys/socket.h>
 #include <sys/types.h>
 #include <unistd.h>
 
 #include "mig.h"
-
-enum { MAX_IOV = 1024 }; /* IOV_MAX of Linux */
 
 int mig_fd_wait(const struct mig_fd *f, short events)
 {
@@ -128,7 +127,7 @@ static int64_t move_all(const struct mig_fd *f, struct iovec *iov, size_t niov, 
     int64_t total = 0;
 
     while (niov) {
-        ssize_t n = some(f, iov, niov < MAX_IOV ? niov : MAX_IOV);
+        ssize_t n = some(f, iov, niov < IOV_MAX ? niov : IOV_MAX);
 
         if (n == 0 && events == POLLIN) {
             break;

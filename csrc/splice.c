@@ -4,6 +4,7 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <limits.h>
 #include <poll.h>
 #include <pthread.h>
 #include <stdio.h>
@@ -13,7 +14,6 @@
 #include <unistd.h>
 
 enum {
-    MAX_IOV = 1024,           /* IOV_MAX of Linux */
     PIPE_NBYTES = 512 << 10,  /* a packet of multifd */
     LEAST_NBYTES = 128 << 10, /* with less a copy is sooner made */
 };
@@ -124,7 +124,7 @@ int64_t mig_splice_writev(struct mig_splice *s, struct iovec *iov, size_t niov)
     int64_t total = 0;
 
     while (niov) {
-        ssize_t n = vmsplice(s->pipe[1], iov, niov < MAX_IOV ? niov : MAX_IOV, 0);
+        ssize_t n = vmsplice(s->pipe[1], iov, niov < IOV_MAX ? niov : IOV_MAX, 0);
         int64_t rc;
 
         if (n < 0 && errno == EINTR) {

@@ -3,13 +3,12 @@
 #include "zerocopy.h"
 
 #include <errno.h>
+#include <limits.h>
 #include <linux/errqueue.h>
 #include <netinet/in.h>
 #include <poll.h>
 #include <string.h>
 #include <sys/socket.h>
-
-enum { MAX_IOV = 1024 }; /* IOV_MAX of Linux */
 
 int mig_zero_copy_open(struct mig_zero_copy *z, const struct mig_fd *fd)
 {
@@ -84,7 +83,7 @@ static int64_t write_all(struct mig_zero_copy *z, struct iovec *iov, size_t niov
     int64_t total = 0;
 
     while (niov) {
-        struct msghdr msg = {.msg_iov = iov, .msg_iovlen = niov < MAX_IOV ? niov : MAX_IOV};
+        struct msghdr msg = {.msg_iov = iov, .msg_iovlen = niov < IOV_MAX ? niov : IOV_MAX};
         ssize_t n = sendmsg(z->fd->fd, &msg, flags | MSG_DONTWAIT | MSG_NOSIGNAL);
         int rc = 0;
 

@@ -23,7 +23,7 @@ from mig.errors import CancelledError, ChannelError, IdleTimeoutError, MigError,
 #: of 1 KiB
 PAGES = 4 << 10
 #: more than the buffers of the sockets hold
-MANY = 24 << 10
+MANY = 48 << 10
 CHANNELS = 3
 SHUT = be16(1) + be16(4)
 
@@ -159,11 +159,11 @@ def test_reads_everything(guest, tmp_path, compression, return_path):
 
 
 @pytest.mark.parametrize("accepts", range(1, 1 + CHANNELS))
-def test_refuses_connections(guest, tmp_path, accepts):
+def test_refuses_connections(large, tmp_path, accepts):
     """The listener closes: what waits in its queue is reset, and later ones are refused."""
-    error = send(guest, tmp_path, lambda main, lanes: wait_for_end(main), accepts=accepts)
+    error = send(large, tmp_path, lambda main, lanes: wait_for_end(main), accepts=accepts)
     assert isinstance(error, ChannelError)
-    assert guest.stops == 0
+    assert large.stops == 0
 
 
 @pytest.mark.parametrize("return_path", [False, True], ids=["plain", "return-path"])
