@@ -194,8 +194,8 @@ def test_files_of_others(image, tmp_path, packed, kind):
         save_file(b"", 0)[:50],
         save_file(b"", 9),
         save_file(b"", 0, magic=b"LibvirtQemudPart"),
-        gzip.compress(b"nothing"),
-        gzip.compress(b"QEVM")[:-4],
+        gzip.compress(b"nothing", mtime=0),
+        gzip.compress(b"QEVM", mtime=0)[:-4],
     ],
 )
 def test_files_of_others_that_are_broken(tmp_path, data):
