@@ -17,6 +17,7 @@ from faults import streams
 from faults.streams import MACHINE, PAGE, RAM, Guest, be32, be64, part
 from reference import multifd
 from reference.multifd import DEVICE_STATE, SYNC, Packet
+from unit.far import until
 
 import mig
 from mig.errors import (
@@ -208,7 +209,8 @@ def test_strangers_do_not_disturb(folder):
         there.connect().close()
         there.connect(b"\x11\x22").close()
         main = there.connect(HEAD)
-        time.sleep(0.05)
+        # who comes later is a stranger
+        until(lambda: there.migration.status == mig.Status.ACTIVE)
         there.connect(b"GET / HTTP/1.0\r\n\r\n")
         there.connect(HEAD)
         for i, block in enumerate(RAM):
